@@ -1,0 +1,7 @@
+"""Dual-path networks that segment volumes slice by slice, written for MONAI."""
+
+from .dilateformer import DilateFormer
+from .fias import FIAS
+from .losses import SubsetSumLoss
+
+__version__ = "0.1.0"

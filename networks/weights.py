@@ -1,0 +1,110 @@
+"""Reading weight files safely, and errors that say which tensor of which file is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "read_weights"]
+
+StateDict = dict[str, Tensor]
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """Read a state dict: bare, or under ``model`` or ``state_dict``, as ``.safetensors`` or in torch's format.
+
+    Nothing is unpickled but tensors (``weights_only=True``), so a file from elsewhere can run no code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Names and tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is truncated, of another format, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No weights at {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        cause = str(error).strip().splitlines() or [""]
+        raise ValueError(
+            f"Cannot read weights from {path}: the file is truncated, or no plain file of tensors. "
+            f"Fetch or save it again. ({type(error).__name__}: {cause[0]})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict: expected names and tensors, bare or under 'model'.")
+    return state
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Load a weights file strictly: every tensor of the module, and no other.
+
+    Args:
+        module: the network; changed only if all tensors fit.
+        path: the file, read by :func:`read_weights`.
+
+    Raises:
+        FileNotFoundError: when there is no such file, with what to do about it.
+        ValueError: when the file is unreadable, or tensors are missing, unexpected or of another shape.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No weights at {path}. Train them with this bundle's train.json, download a released bundle, "
+            "or name a file in another folder by --ckpt_dir (it must be called model.pt)."
+        )
+    load_state_dict(module, read_weights(path), source=str(path))
+
+
+def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: Iterable[str] = ()) -> None:
+    """Load ``state`` strictly and name what does not fit.
+
+    Args:
+        module: changed only if all tensors fit.
+        state: names and tensors.
+        source: where ``state`` comes from, for the message.
+        leftover: prefixes of names that ``state`` may hold and ``module`` lack.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    state = {k: v for k, v in state.items() if k in own or not k.startswith(tuple(leftover))}
+    shapes = [
+        f"{k} is {list(v.shape)} in the file, {list(own[k].shape)} in the network"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": shapes,
+    }
+    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(
+            f"The weights in {source} are not those of this {type(module).__name__}; tensors {'; '.join(found)}. "
+            "Build the network with the arguments it was trained with (channels, classes, size)."
+        )
+    module.load_state_dict(state)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
