@@ -1,0 +1,138 @@
+"""What the bundles attach to MONAI's engines beside MONAI's own handlers."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar as IgniteProgressBar
+from ignite.metrics import Frequency, RunningAverage
+from monai.engines import Evaluator, Trainer
+from monai.handlers import from_engine
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["Checkpoints", "ProgressBar"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
+
+    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.pt`` all that
+    training goes on from: network, optimiser, gradient scaler, random state, epoch, best score. MONAI's
+    ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a restart.
+
+    Args:
+        directory: folder of both files.
+        network: the network in training.
+        optimizer: its optimiser.
+        evaluator: the validation engine, whose key metric decides.
+        resume: start from ``last.pt``.
+
+    Raises:
+        FileNotFoundError: at the start of a resumed training without ``last.pt``.
+    """
+
+    def __init__(
+        self, directory: str | Path, network: nn.Module, optimizer: Optimizer, evaluator: Evaluator, resume: bool = False
+    ) -> None:
+        self.directory = Path(directory)
+        self.network = getattr(network, "module", network)  # without DistributedDataParallel's prefix
+        self.optimizer = optimizer
+        self.evaluator = evaluator
+        self.resume = resume
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer, after its ``ValidationHandler``."""
+        if self.resume:
+            trainer.add_event_handler(Events.STARTED, self.restore)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write ``last.pt``, and ``model.pt`` when this epoch's validation is the best."""
+        if trainer.state.rank != 0:
+            return
+        best = self.evaluator.state
+        if best.best_metric_epoch == trainer.state.epoch:
+            self._write("model.pt", self.network.state_dict())
+            logger.info(f"epoch {trainer.state.epoch}: best {best.key_metric_name} {best.best_metric:.4f}")
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": trainer.state_dict(),
+            "best": {"best_metric": float(best.best_metric), "best_metric_epoch": int(best.best_metric_epoch)},
+            "random": torch.get_rng_state(),
+        }
+        if trainer.scaler is not None:
+            state["scaler"] = trainer.scaler.state_dict()
+        self._write("last.pt", state)
+
+    def restore(self, trainer: Trainer) -> None:
+        """Take up the state of ``last.pt``."""
+        path = self.directory / "last.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"Nothing to resume: no {path}. Train without --resume first.")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        epochs = trainer.state.max_epochs
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        trainer.load_state_dict(state["trainer"])
+        trainer.state.max_epochs = epochs
+        if trainer.scaler is not None and "scaler" in state:
+            trainer.scaler.load_state_dict(state["scaler"])
+        for name, value in state["best"].items():
+            setattr(self.evaluator.state, name, value)
+        torch.set_rng_state(state["random"])
+        best = state["best"]
+        logger.info(f"resumed after epoch {trainer.state.epoch} of {epochs}, best score {best['best_metric']:.4f}")
+        if trainer.state.epoch >= epochs:
+            logger.warning(f"{path} has all of {epochs} epochs: nothing to train. Ask for more with --epochs.")
+            trainer.terminate()
+
+    def _write(self, name: str, state: Any) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = self.directory / f".{name}.partial"
+        try:
+            torch.save(state, partial)
+            os.replace(partial, self.directory / name)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+class ProgressBar:
+    """A progress bar per epoch with the loss, the last validation's key metric and slices per second.
+
+    Args:
+        evaluator: the validation engine.
+        every: iterations between updates; each reads the loss from the device.
+    """
+
+    def __init__(self, evaluator: Evaluator, every: int = 10) -> None:
+        self.evaluator = evaluator
+        self.every = every
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer, after its ``ValidationHandler``. Only the first process shows the bar."""
+        RunningAverage(output_transform=from_engine(["loss"], first=True)).attach(trainer, "loss")
+        Frequency(output_transform=len).attach(trainer, "slices/s", Events.ITERATION_COMPLETED)
+        trainer.state.metrics["dice"] = 0.0
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note_score)
+        if trainer.state.rank == 0:
+            bar = IgniteProgressBar(persist=True, desc="Epoch")
+            bar.attach(
+                trainer,
+                metric_names=["loss", "dice", "slices/s"],
+                event_name=Events.ITERATION_COMPLETED(every=self.every),
+                closing_event_name=Events.EPOCH_COMPLETED,
+            )
+
+    def _note_score(self, trainer: Engine) -> None:
+        state = self.evaluator.state
+        if state.key_metric_name in state.metrics:
+            trainer.state.metrics["dice"] = state.metrics[state.key_metric_name]
