@@ -59,7 +59,7 @@ def _acdc_patient(folder: Path, size: int, slices: int, rng: np.random.Generator
             volume = nib.Nifti1Image(data, affine)
             volume.header.set_xyzt_units("mm", "sec")
             nib.save(volume, folder / f"{name}{suffix}.nii.gz")
-    lines = {"ED": frames["ED"][0], "ES": frames["ES"][0], "Group": "NOR", "Height": 175.0, "NbFrame": 30, "Weight": 75.0}
+    lines = {"ED": frames["ED"][0], "ES": frames["ES"][0], "Group": "NOR", "Height": 175, "NbFrame": 30, "Weight": 75}
     (folder / "Info.cfg").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
 
 
@@ -89,7 +89,7 @@ def _mr_contrast(labels: np.ndarray, spacing: tuple[float, ...], rng: np.random.
     x, y = np.meshgrid(axis, axis, indexing="ij")
     body = np.hypot(x / 68, y / 62) < 1
     lung = (np.hypot((x - 42) / 20, (y - 8) / 34) < 1) | (np.hypot((x + 58) / 14, (y - 12) / 30) < 1)
-    tissue = np.where(body, np.where(lung, 40.0, 170.0), 8.0) + 25 * gaussian_filter(rng.normal(size=(size, size)), 3) * 8
+    tissue = np.where(body, np.where(lung, 40.0, 170.0), 8.0) + 200 * gaussian_filter(rng.normal(size=(size, size)), 3)
     image = np.repeat(tissue[..., None], labels.shape[2], 2)
     for value, signal in {1: rng.uniform(280, 330), 2: rng.uniform(90, 130), 3: rng.uniform(290, 340)}.items():
         image[labels == value] = signal

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .slices import DataError
+from .errors import DataError
 
 __all__ = ["ACDC_SPLIT", "acdc", "image_files"]
 
@@ -50,7 +50,8 @@ def acdc(dataset_dir: str | Path, split: str) -> list[Case]:
             f"No ACDC patients in {root}: expected folders patient001 to patient100 there or in {root / 'training'}. "
             "Set dataset_dir to where the ACDC training set was unpacked."
         )
-    patients = {int(p.name[7:]): p for p in sorted(folder.glob("patient[0-9][0-9][0-9]")) if 1 <= int(p.name[7:]) <= 100}
+    found = {int(p.name[7:]): p for p in sorted(folder.glob("patient[0-9][0-9][0-9]"))}
+    patients = {n: p for n, p in found.items() if 1 <= n <= 100}
     members = {name: [patients[n] for n in numbers if n in patients] for name, numbers in ACDC_SPLIT.items()}
     held_out = {n for numbers in ACDC_SPLIT.values() for n in numbers}
     members["train"] = [p for n, p in patients.items() if n not in held_out]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .attention import MultiHeadSelfAttention
 from .blocks import check_input
+from .errors import DataError
 from .weights import StateDict, load_state_dict, read_weights
 
 __all__ = ["DilateFormer", "MultiScaleDilatedAttention", "dilated_attention"]
@@ -204,7 +205,8 @@ class DilateFormer(nn.Module):
         1/32 of the size, odd sizes rounded up.
 
     Raises:
-        ValueError: when the checkpoint does not fit, naming the tensors, or ``pretrained`` is True.
+        DataError: when the checkpoint does not fit, naming the tensors.
+        ValueError: when ``pretrained`` is True.
         FileNotFoundError: when there is no checkpoint at the path.
     """
 
@@ -241,12 +243,12 @@ class DilateFormer(nn.Module):
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is truncated, of other depths, or tensors are missing, unexpected or misshapen.
+            DataError: when it is truncated, of other depths, or tensors are missing, unexpected or misshapen.
         """
         state = read_weights(str(path))
         depths = _depths(state)
         if depths != self.depths:
-            raise ValueError(
+            raise DataError(
                 f"{path} holds a DilateFormer of depths {depths}, not the tiny model's {self.depths}: "
                 "a checkpoint of another variant, or an incomplete one."
             )

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
-    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.pt`` all that
-    training goes on from: network, optimiser, gradient scaler, random state, epoch, best score. MONAI's
+    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.pt`` all
+    that training goes on from: network, optimiser, gradient scaler, random state, epoch, best score. MONAI's
     ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a restart.
 
     Args:
@@ -40,7 +40,12 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: str | Path, network: nn.Module, optimizer: Optimizer, evaluator: Evaluator, resume: bool = False
+        self,
+        directory: str | Path,
+        network: nn.Module,
+        optimizer: Optimizer,
+        evaluator: Evaluator,
+        resume: bool = False,
     ) -> None:
         self.directory = Path(directory)
         self.network = getattr(network, "module", network)  # without DistributedDataParallel's prefix

@@ -19,7 +19,16 @@ __all__ = ["COLOURS", "Report", "dice_table", "overlay"]
 
 logger = logging.getLogger(__name__)
 
-COLOURS = ((230, 80, 70), (80, 180, 90), (70, 120, 230), (240, 190, 50), (170, 90, 200), (70, 200, 210), (240, 140, 60), (150, 150, 150))
+COLOURS = (
+    (230, 80, 70),
+    (80, 180, 90),
+    (70, 120, 230),
+    (240, 190, 50),
+    (170, 90, 200),
+    (70, 200, 210),
+    (240, 140, 60),
+    (150, 150, 150),
+)
 """RGB of the classes 1, 2, 3, ..., repeated from the ninth on."""
 
 
@@ -71,9 +80,9 @@ def overlay(image: np.ndarray, labels: list[np.ndarray], alpha: float = 0.45) ->
 class Report:
     """Handler that ends an evaluation with a Dice table and pictures of the worst, median and best case.
 
-    Writes ``dice.md`` and ``worst.png``, ``median.png``, ``best.png``: image, truth and prediction on the slice with most
-    foreground. Predictions and labels must be label maps on the image file's own grid, as the bundles' postprocessing
-    leaves them.
+    Writes ``dice.md`` and ``worst.png``, ``median.png``, ``best.png``: image, truth and prediction on the slice with
+    most foreground. Predictions and labels must be label maps on the image file's own grid, as the bundles'
+    postprocessing leaves them.
 
     Args:
         output_dir: where to write.

@@ -1,7 +1,7 @@
 """Volumes to slices and back, for 2D networks on 3D images.
 
-NIfTI volume -> load and check -> orientation -> intensity -> in-plane resize -> slices along the last axis -> 2D network
--> logits stacked to a volume -> inverse transforms -> label map with the input's exact shape and affine.
+NIfTI volume -> load and check -> orientation -> intensity -> in-plane resize -> slices along the last axis
+-> 2D network -> logits stacked to a volume -> inverse transforms -> label map with the input's exact shape and affine.
 
 MONAI does most of it (``SliceInferer``, ``Invertd``, ``SaveImaged``, the cache classes); here is what it lacks: volumes
 checked as they are loaded with errors that name the file, slicing across thick slices whichever way the volume is
@@ -31,13 +31,14 @@ from monai.transforms import (
     Orientation,
     Randomizable,
 )
-from monai.utils import TraceKeys
+from monai.utils import TraceKeys, get_equivalent_dtype
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .errors import DataError
+
 __all__ = [
     "CheckLabeld",
-    "DataError",
     "LabelMapWriter",
     "LoadVolumed",
     "SliceDataset",
@@ -47,10 +48,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """A file that cannot be used: the message names the file, what is wrong with it and what to do."""
 
 
 @contextmanager
@@ -175,8 +172,8 @@ def _same_grid(a: MetaTensor, b: MetaTensor) -> bool:
 class SliceOrientationd(MapTransform, InvertibleTransform):
     """Turn volumes so that slices lie along the last axis, in-plane axes towards right, anterior, superior.
 
-    Slices are taken across the direction in which the volume is thick: an axis of one voxel, else the axis whose spacing
-    is at least ``thick`` times any other's, else the superior axis. For axial volumes this is
+    Slices are taken across the direction in which the volume is thick: an axis of one voxel, else the axis whose
+    spacing is at least ``thick`` times any other's, else the superior axis. For axial volumes this is
     ``Orientationd(axcodes="RAS")``. It differs where that would cut across the acquired slices: short-axis MR of a
     tilted heart, stored with its true oblique axes, has slices whose normal may be nearest to any of the three.
 
@@ -270,9 +267,9 @@ class _StoredVolumeDataset(PersistentDataset):
 class SliceDataset(Dataset, Randomizable):
     """2D slices of a list of volumes, for training.
 
-    The volume transforms run once, when the dataset is made, and their result is kept; the slice transforms run anew for
-    each visit. An epoch visits every slice once, in the order that the loader's sampler gives, so shuffling, workers and
-    ``DistributedSampler`` work as for any map-style dataset.
+    The volume transforms run once, when the dataset is made, and their result is kept; the slice transforms run anew
+    for each visit. An epoch visits every slice once, in the order that the loader's sampler gives, so shuffling,
+    workers and ``DistributedSampler`` work as for any map-style dataset.
 
     Memory: all transformed volumes, that is slices x pixels x 5 bytes for float images and uint8 labels of one channel
     (427 MB for ACDC's 1,304 training slices at 256 x 256), once per process of a distributed run; forked workers share
@@ -301,7 +298,7 @@ class SliceDataset(Dataset, Randomizable):
         slice_transform: Sequence[Callable] | Callable | None = None,
         keys: Sequence[str] = ("image", "label"),
         empty_weight: float = 1.0,
-        cache_dir: PathLike | None = None,
+        cache_dir: str | Path | None = None,
         num_workers: int = 1,
     ) -> None:
         if not data:
@@ -311,7 +308,7 @@ class SliceDataset(Dataset, Randomizable):
         self.data = data
         self.keys = tuple(keys)
         self.slice_transform = Compose(slice_transform)
-        cut = Compose([transform, SlicesFirstd(keys)]).flatten()
+        cut = Compose([Compose(transform), SlicesFirstd(keys)]).flatten()
         self.volumes = (
             VolumeDataset(data, cut, cache=True, num_workers=num_workers)
             if cache_dir is None
@@ -346,7 +343,7 @@ class SliceDataset(Dataset, Randomizable):
             index += len(self)
         if index < len(self._visits):
             return self._visits[index]
-        # The n-th empty visit draws from the n-th of equal shares of the empty slices: over the epochs each has its turn.
+        # The n-th empty visit draws from the n-th of equal shares of the empty slices: each has its turn some epoch.
         share = len(self._empty) / self._empty_visits
         n = index - len(self._visits)
         return self._empty[int(n * share + self.R.uniform(0, share))]
@@ -365,8 +362,8 @@ class LabelMapWriter(NibabelWriter):
     """:class:`monai.data.NibabelWriter` for a label map that lies on its input in every reader.
 
     The input's NIfTI header is kept (sform, qform, spacing, units), whatever it says: ACDC's headers contradict
-    themselves, and readers differ in which part they believe. The map has the input's exact shape, a trailing dimension
-    of 1 included. It is written under a temporary name and renamed when whole. For an input of another format, MONAI's
+    themselves, and readers differ in which part they believe. The map has the input's exact shape, a trailing
+    dimension of 1 included. It is written under a temporary name and renamed when whole. For an input of another format, MONAI's
     affine is written.
     """
 
@@ -382,9 +379,10 @@ class LabelMapWriter(NibabelWriter):
         try:
             source = nib.load(self.source) if self.source.endswith((".nii", ".nii.gz")) else None
             if isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
-                data = np.asarray(self.data_obj).astype(self.output_dtype).reshape(source.shape)
+                dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
+                data = np.asarray(self.data_obj).astype(dtype).reshape(source.shape)
                 image = type(source)(data, None, source.header)
-                image.set_data_dtype(self.output_dtype)
+                image.set_data_dtype(dtype)
                 image.header["cal_min"] = image.header["cal_max"] = 0
                 image.header.extensions.clear()
                 nib.save(image, name)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import DataError
+
 __all__ = ["load_weights", "read_weights"]
 
 StateDict = dict[str, Tensor]
@@ -27,7 +29,7 @@ def read_weights(path: str | Path) -> StateDict:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is truncated, of another format, or holds anything but tensors.
+        DataError: when it is truncated, of another format, or holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +43,7 @@ def read_weights(path: str | Path) -> StateDict:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         cause = str(error).strip().splitlines() or [""]
-        raise ValueError(
+        raise DataError(
             f"Cannot read weights from {path}: the file is truncated, or no plain file of tensors. "
             f"Fetch or save it again. ({type(error).__name__}: {cause[0]})"
         ) from error
@@ -49,7 +51,7 @@ def read_weights(path: str | Path) -> StateDict:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict: expected names and tensors, bare or under 'model'.")
+        raise DataError(f"{path} holds no state dict: expected names and tensors, bare or under 'model'.")
     return state
 
 
@@ -62,7 +64,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: when there is no such file, with what to do about it.
-        ValueError: when the file is unreadable, or tensors are missing, unexpected or of another shape.
+        DataError: when the file is unreadable, or tensors are missing, unexpected or of another shape.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
@@ -82,7 +84,7 @@ def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: 
         leftover: prefixes of names that ``state`` may hold and ``module`` lack.
 
     Raises:
-        ValueError: naming the tensors that are missing, unexpected or of another shape.
+        DataError: naming the tensors that are missing, unexpected or of another shape.
     """
     own = module.state_dict()
     state = {k: v for k, v in state.items() if k in own or not k.startswith(tuple(leftover))}
@@ -98,7 +100,7 @@ def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: 
     }
     found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(
+        raise DataError(
             f"The weights in {source} are not those of this {type(module).__name__}; tensors {'; '.join(found)}. "
             "Build the network with the arguments it was trained with (channels, classes, size)."
         )

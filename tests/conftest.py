@@ -1,0 +1,56 @@
+"""What several test files share: phantoms made once, and a bundle run as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def run(*command: str, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command line with the tree importable; its output in one string."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
+    return result
+
+
+@pytest.fixture(scope="session")
+def acdc_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom ACDC folder of 12 patients, 3 slices of 64 x 64 a volume."""
+    folder = tmp_path_factory.mktemp("phantoms") / "acdc"
+    run("bundles/phantoms.py", "acdc", str(folder), "--size", "64", "--slices", "3")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_bundle() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``run_bundle(run_id, config_file, check=True, **overrides)`` by ``python -m monai.bundle run``."""
+
+    def run_bundle(
+        run_id: str, config: str, check: bool = True, cwd: Path = ROOT, **overrides: object
+    ) -> subprocess.CompletedProcess[str]:
+        arguments = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
+        return run("-m", "monai.bundle", "run", run_id, "--config_file", config, *arguments, cwd=cwd, check=check)
+
+    return run_bundle

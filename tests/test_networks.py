@@ -1,0 +1,188 @@
+"""What every network of the package promises: one suite, parametrised over the networks."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from networks import FIAS
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"FIAS": FIAS}
+SIZES = [(32, 32), (33, 47), (100, 75), (250, 199), (224, 224)]
+
+
+@pytest.fixture(params=NETWORKS, scope="module")
+def build(request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
+    """Constructor of each network, seeded, with batch statistics that differ from their initial values."""
+
+    def build(in_channels: int = 1, out_channels: int = 4, **kwargs: object) -> nn.Module:
+        torch.manual_seed(0)
+        net = NETWORKS[request.param](in_channels, out_channels, **kwargs)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.1, 0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+        return net
+
+    return build
+
+
+def image(*shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size_gives_logits_of_that_size(build, size, channels):
+    out = build(channels, 5).eval()(image(1, channels, *size))
+    assert out.shape == (1, 5, *size)
+    assert out.isfinite().all()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(256, 256), (512, 512)])
+def test_large_sizes(build, size):
+    assert build().eval()(image(2, 1, *size)).shape == (2, 4, *size)
+
+
+def test_evaluation_is_deterministic_and_independent_of_the_batch(build):
+    net = build().eval()
+    x = image(3, 1, 64, 64)
+    with torch.no_grad():
+        out = net(x)
+        assert torch.equal(out, net(x))
+        torch.testing.assert_close(out[1:2], net(x[1:2]), atol=1e-5, rtol=1e-4)
+
+
+def test_training_returns_maps_and_evaluation_their_sum(build):
+    net = build(dropout=0.0, drop_path=0.0).train()
+    maps = net(image(2, 1, 64, 64))
+    assert isinstance(maps, list) and all(m.shape == (2, 4, 64, 64) for m in maps)
+    assert isinstance(build(deep_supervision=False).train()(image(2, 1, 64, 64)), Tensor)
+    net.eval()
+    x = image(2, 1, 64, 64)
+    features: list[Tensor] = []
+    hooks = [head.register_forward_hook(lambda _m, _i, out: features.append(out)) for head in net.heads]
+    with torch.no_grad():
+        out = net(x)
+    for hook in hooks:
+        hook.remove()
+    total = sum(nn.functional.interpolate(f, size=(64, 64), mode="bilinear") for f in features)
+    torch.testing.assert_close(out, total)
+
+
+def test_every_parameter_learns_and_nothing_is_nan(build):
+    net = build(drop_path=0.0).train()
+    torch.manual_seed(0)
+    sum((m * image(*m.shape)).mean() for m in net(image(2, 1, 96, 64))).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_batch_of_one_at_the_smallest_size_trains_but_for_batch_norm(build):
+    maps = build().train()(image(2, 1, 32, 32))
+    assert all(m.isfinite().all() for m in maps)
+
+
+def test_wrong_inputs_are_answered_with_what_was_expected(build):
+    net = build(1, 4).eval()
+    with pytest.raises(ValueError, match=r"expects B, 1, H, W.*got shape \[1, 64, 64\]"):
+        net(torch.zeros(1, 64, 64))
+    with pytest.raises(ValueError, match="in_channels=1, got an input of 3 channels"):
+        net(torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
+        net(torch.zeros(1, 1, 31, 64))
+    with pytest.raises(ValueError, match="spatial_dims=2, got 3"):
+        build(spatial_dims=3)
+
+
+def test_state_dict_round_trip_is_strict(build):
+    a, b = build().eval(), build().eval()
+    for parameter in b.parameters():
+        nn.init.zeros_(parameter)
+    b.load_state_dict(a.state_dict(), strict=True)
+    x = image(1, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(a(x), b(x))
+
+
+def test_half_precision_under_autocast(build):
+    net = build().eval()
+    x = image(1, 1, 64, 64)
+    with torch.no_grad():
+        full = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = net(x)
+    assert half.isfinite().all()
+    assert (half.float() - full).abs().max() < 0.05 * full.abs().max() + 0.05
+    net.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sum(m.float().square().mean() for m in net(image(2, 1, 64, 64)))
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_channels_last_gives_the_same(build):
+    net, x = build().eval(), image(2, 1, 64, 64)
+    with torch.no_grad():
+        plain = net(x)
+        last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_script_saves_loads_and_equals(build):
+    net, x = build().eval(), image(2, 1, 64, 96)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(x), net(x), atol=1e-5, rtol=1e-5)
+        with pytest.raises(Exception, match="got an input of 3 channels"):
+            scripted(image(1, 3, 64, 64))
+    assert len(scripted.train()(x)) > 1
+
+
+def test_trace_equals_at_another_size(build):
+    net, x = build().eval(), image(1, 1, 64, 64)
+    with torch.no_grad():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(net, x)
+        torch.testing.assert_close(traced(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+def test_onnx_equals_in_onnxruntime(build, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net, x = build().eval(), image(2, 1, 64, 64)
+    file = tmp_path / "net.onnx"
+    torch.onnx.export(net, (x,), file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    out = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), net(x), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_to_one_graph(build, backend, training):
+    torch._dynamo.reset()
+    net = build(dropout=0.0, drop_path=0.0).train(training)
+    x = image(2, 1, 64, 64)
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    if not training:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net(x), atol=1e-4, rtol=1e-3)
+        return
+    sum(m.square().mean() for m in compiled(x)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
