@@ -89,9 +89,10 @@ def test_every_parameter_learns_and_nothing_is_nan(build):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_batch_of_one_at_the_smallest_size_trains_but_for_batch_norm(build):
-    maps = build().train()(image(2, 1, 32, 32))
-    assert all(m.isfinite().all() for m in maps)
+@pytest.mark.parametrize("shape", [(1, 1, 64, 64), (2, 1, 32, 32), (2, 1, 33, 47)])
+def test_small_batches_and_sizes_train(build, shape):
+    maps = build().train()(image(*shape))
+    assert all(m.shape[2:] == shape[2:] and m.isfinite().all() for m in maps)
 
 
 def test_wrong_inputs_are_answered_with_what_was_expected(build):
@@ -153,7 +154,7 @@ def test_script_saves_loads_and_equals(build):
     assert len(scripted.train()(x)) > 1
 
 
-def test_trace_equals_at_another_size(build):
+def test_trace_equals(build):
     net, x = build().eval(), image(1, 1, 64, 64)
     with torch.no_grad():
         with warnings.catch_warnings():

@@ -1,0 +1,296 @@
+"""Volumes to slices and back: geometry that users rely on, and every slice visited as promised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader
+from monai.transforms import LoadImage
+from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
+
+from networks import DataError
+from networks.slices import (
+    CheckLabeld,
+    LoadVolumed,
+    SliceDataset,
+    SliceOrientationd,
+    VolumeDataset,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def save(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> str:
+    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+class ByIntensity(nn.Module):
+    """A stand-in network: class k where the image, scaled to 0..1, is k / 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4 and x.shape[2:] == (64, 64)
+        return torch.cat([-((3 * x - k) ** 2) for k in range(4)], 1)
+
+
+def anatomy() -> np.ndarray:
+    """Asymmetric blocks of the values 0 to 3 in 48 x 40 x 5, so that any flip or shift shows."""
+    volume = np.zeros((48, 40, 5), np.int16)
+    volume[6:40, 8:34] = 1
+    volume[10:24, 12:30, :4] = 2
+    volume[26:38, 10:20, 1:] = 3
+    volume[0, 0] = 3  # the intensity range is the same in each volume
+    return volume
+
+
+def rotation(x: float, y: float, z: float) -> np.ndarray:
+    (cx, cy, cz), (sx, sy, sz) = np.cos([x, y, z]), np.sin([x, y, z])
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
+
+
+def affine(spacing=(1.5, 1.5, 8.0), turn=(0.0, 0.0, 0.0), origin=(10.0, -20.0, 30.0)) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation(*turn) @ np.diag(spacing)
+    matrix[:3, 3] = origin
+    return matrix
+
+
+def reorient(volume: np.ndarray, matrix: np.ndarray, axes: tuple[int, ...], flips: tuple[int, ...]):
+    """The same anatomy at the same place, stored with other axes."""
+    orientation = np.array([[axes.index(i), flips[axes.index(i)]] for i in range(3)])
+    moved = nib.orientations.apply_orientation(volume, orientation)
+    return moved, matrix @ nib.orientations.inv_ornt_aff(orientation, volume.shape)
+
+
+STORED = {
+    "plain": ((0, 1, 2), (1, 1, 1), {}),
+    "flipped": ((0, 1, 2), (-1, -1, 1), {}),
+    "against z": ((0, 1, 2), (1, 1, -1), {}),
+    "permuted": ((2, 0, 1), (1, 1, 1), {}),
+    "permuted and flipped": ((1, 2, 0), (-1, 1, -1), {}),
+    "oblique": ((0, 1, 2), (1, 1, 1), {"turn": (0.3, -0.2, 0.4)}),
+    "short axis": ((0, 1, 2), (1, 1, 1), {"turn": (1.2, 0.5, 0.0)}),
+    "short axis, permuted": ((2, 1, 0), (1, -1, 1), {"turn": (1.2, 0.5, 0.0)}),
+    "anisotropic": ((0, 1, 2), (1, 1, 1), {"spacing": (0.7, 1.1, 10.0)}),
+}
+
+
+@pytest.fixture
+def infer(tmp_path):
+    """Segment a folder with the bundle's own inference config and the stand-in network."""
+
+    def infer(folder: Path) -> Path:
+        parser = ConfigParser()
+        parser.read_config(ROOT / "bundles/fias_acdc/configs/inference.json")
+        parser.read_meta(ROOT / "bundles/fias_acdc/configs/metadata.json")
+        parser.update({"dataset_dir": str(folder), "output_dir": str(tmp_path / "out"), "image_size": 64})
+        parser.update({"network": ByIntensity(), "device": torch.device("cpu"), "amp": False})
+        parser.get_parsed_content("evaluator").run()
+        return tmp_path / "out"
+
+    return infer
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_label_map_lies_on_its_image_however_it_is_stored(stored, infer, tmp_path):
+    axes, flips, geometry = STORED[stored]
+    volume, matrix = reorient(anatomy(), affine(**geometry), axes, flips)
+    (tmp_path / "in").mkdir()
+    source = save(tmp_path / "in" / "case.nii.gz", volume, matrix)
+    result = infer(tmp_path / "in") / "case_seg.nii.gz"
+    image, label = nib.load(source), nib.load(result)
+    assert label.shape == image.shape and label.get_data_dtype() == np.uint8
+    assert np.array_equal(label.affine, image.affine)
+    assert np.mean(np.asarray(label.dataobj) == volume) > 0.97
+
+
+def test_single_slice_and_trailing_channel_keep_their_exact_shape(infer, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "single.nii.gz", anatomy()[:, :, 2:3], affine())
+    save(tmp_path / "in" / "channel.nii.gz", anatomy()[..., None], affine())
+    out = infer(tmp_path / "in")
+    assert nib.load(out / "single_seg.nii.gz").shape == (48, 40, 1)
+    assert nib.load(out / "channel_seg.nii.gz").shape == (48, 40, 5, 1)
+    assert np.mean(np.asarray(nib.load(out / "single_seg.nii.gz").dataobj) == anatomy()[:, :, 2:3]) > 0.97
+
+
+def test_contradictory_header_is_kept_so_that_every_reader_agrees(infer, tmp_path):
+    """ACDC's headers: the sform is a 1 mm diagonal, the true spacing stands in pixdim."""
+    (tmp_path / "in").mkdir()
+    image = nib.Nifti1Image(anatomy(), np.eye(4))
+    image.header.set_zooms((1.5, 1.5, 8.0))
+    image.header.set_sform(np.diag([1.0, 1.0, 1.0, 1.0]), code=2)
+    image.header.set_qform(None, code=0)
+    image.header["pixdim"][1:4] = (1.5, 1.5, 8.0)
+    source = tmp_path / "in" / "acdc.nii"
+    source.write_bytes(nib.Nifti1Image(anatomy(), None, image.header).to_bytes())
+    result = infer(tmp_path / "in") / "acdc_seg.nii.gz"
+    a, b = nib.load(source), nib.load(result)
+    assert np.array_equal(a.affine, b.affine) and np.array_equal(a.header["pixdim"], b.header["pixdim"])
+    load = LoadImage(image_only=True)
+    assert torch.equal(load(source).affine, load(result).affine)
+    x, y = itk.imread(str(source)), itk.imread(str(result))
+    for name in ("GetSpacing", "GetOrigin"):
+        assert tuple(getattr(x, name)()) == tuple(getattr(y, name)())
+
+
+def test_slice_axis_is_the_thick_one_else_the_superior_one():
+    orient = SliceOrientationd("image")
+    assert orient.slice_axis(affine(), (48, 40, 5)) == 2
+    assert orient.slice_axis(affine(spacing=(3.0, 3.0, 3.0)), (9, 9, 9)) == 2
+    assert orient.slice_axis(affine(spacing=(8.0, 1.5, 1.5)), (9, 9, 9)) == 0
+    assert orient.slice_axis(affine(spacing=(1.5, 1.5, 1.5)), (9, 1, 9)) == 1
+    assert orient.slice_axis(affine(turn=(1.3, 0.0, 0.0)), (48, 40, 5)) == 1
+
+
+@pytest.fixture
+def volumes(tmp_path) -> list[dict[str, str]]:
+    """Four volumes of 3, 4, 5 and 6 slices; slice k of volume v holds 100 v + k, the first of each has no label."""
+    data = []
+    for v in range(4):
+        image = np.zeros((8, 8, v + 3), np.float32) + 100 * v + np.arange(v + 3)
+        label = np.ones_like(image, np.uint8)
+        label[..., 0] = 0
+        image_file = save(tmp_path / f"image{v}.nii.gz", image)
+        data.append({"image": image_file, "label": save(tmp_path / f"label{v}.nii.gz", label)})
+    return data
+
+
+EVERY = [100 * v + k for v in range(4) for k in range(v + 3)]
+LOAD = [LoadVolumed(["image", "label"])]
+
+
+def visited(loader) -> list[int]:
+    return [int(value) for batch in loader for value in batch["image"][:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stored", [False, True])
+def test_every_slice_once_an_epoch_shuffled(volumes, workers, stored, tmp_path):
+    dataset = SliceDataset(volumes, LOAD, cache_dir=tmp_path / "cache" if stored else None)
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=workers)
+    first, second = visited(loader), visited(loader)
+    assert len(dataset) == 18 and sorted(first) == sorted(second) == EVERY
+    assert first != second
+    item = dataset[0]
+    assert item["image"].shape == item["label"].shape == (1, 8, 8)
+
+
+def test_volume_transforms_run_once_and_slice_transforms_at_each_visit(volumes):
+    from monai.transforms import Lambdad, RandLambdad
+
+    calls: Counter[str] = Counter()
+
+    def count(name):
+        return lambda x: (calls.update([name]), x)[1]
+
+    dataset = SliceDataset(
+        volumes,
+        [*LOAD, Lambdad("image", count("volume"))],
+        [RandLambdad("image", count("slice"), prob=1.0)],
+    )
+    for _ in range(2):
+        visited(DataLoader(dataset, batch_size=3))
+    assert calls == {"volume": 4, "slice": 36}
+
+
+def test_random_transforms_differ_between_visits_and_repeat_from_a_seed(volumes):
+    from monai.transforms import RandScaleIntensityd
+
+    dataset = SliceDataset(volumes, LOAD, [RandScaleIntensityd("image", factors=0.5, prob=1.0)])
+
+    def epoch(seed):
+        dataset.set_random_state(seed)
+        return [float(dataset[i]["image"].mean()) for i in range(1, 18)]
+
+    assert epoch(3) == epoch(3) != epoch(4)
+    dataset.set_random_state(3)
+    assert float(dataset[5]["image"].mean()) != float(dataset[5]["image"].mean())
+
+
+def test_distributed_ranks_share_an_epoch_out(volumes):
+    dataset = SliceDataset(volumes, LOAD)
+    seen = []
+    for rank in range(2):
+        sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=True, seed=7)
+        seen += visited(DataLoader(dataset, batch_size=2, sampler=sampler))
+    assert sorted(seen) == EVERY
+
+
+def test_empty_slices_are_dropped_or_visited_less_often(volumes):
+    empty = {0, 100, 200, 300}
+    assert sorted(visited(DataLoader(SliceDataset(volumes, LOAD, empty_weight=0)))) == sorted(set(EVERY) - empty)
+    dataset = SliceDataset(volumes, LOAD, empty_weight=0.5)
+    assert len(dataset) == 16
+    loader = DataLoader(dataset, shuffle=True, batch_size=8)
+    counts: Counter[int] = Counter()
+    for _ in range(60):
+        epoch = visited(loader)
+        assert set(EVERY) - empty <= set(epoch)
+        counts.update(value for value in epoch if value in empty)
+    assert set(counts) == empty and sum(counts.values()) == 120 and min(counts.values()) > 10
+    with pytest.raises(ValueError, match="share from 0 to 1"):
+        SliceDataset(volumes, LOAD, empty_weight=2)
+    with pytest.raises(ValueError, match="no volumes"):
+        SliceDataset([], LOAD)
+
+
+def test_each_bad_file_gets_an_error_that_names_it(tmp_path):
+    label = np.zeros((8, 8, 3), np.uint8)
+    label[2:4] = 4
+    good = save(tmp_path / "image.nii.gz", np.random.rand(8, 8, 3))
+    truncated = tmp_path / "truncated.nii.gz"
+    truncated.write_bytes(Path(good).read_bytes()[:200])
+    text = tmp_path / "text.nii.gz"
+    text.write_text("not an image")
+    nan = np.zeros((8, 8, 3))
+    nan[0, 0, 0] = np.nan
+    shifted = affine(spacing=(1.0, 1.0, 1.0), origin=(5.0, 0.0, 0.0))
+    cases = {
+        "missing.nii.gz": ({"image": str(tmp_path / "missing.nii.gz")}, "missing, truncated"),
+        "truncated.nii.gz": ({"image": str(truncated)}, "Cannot read"),
+        "text.nii.gz": ({"image": str(text)}, "Cannot read"),
+        "series.nii.gz": ({"image": save(tmp_path / "series.nii.gz", np.zeros((8, 8, 3, 5)))}, "time points"),
+        "flat.nii.gz": ({"image": save(tmp_path / "flat.nii.gz", np.zeros((8, 8)))}, "expected one volume"),
+        "nan.nii.gz": ({"image": save(tmp_path / "nan.nii.gz", nan)}, "NaN"),
+        "small.nii.gz": ({"label": save(tmp_path / "small.nii.gz", label[:, :, :2])}, "another image"),
+        "moved.nii.gz": ({"label": save(tmp_path / "moved.nii.gz", label, shifted)}, "different positions"),
+        "four.nii.gz": ({"label": save(tmp_path / "four.nii.gz", label)}, r"values \[4.0\], expected .* 0 to 3"),
+        "half.nii.gz": ({"label": save(tmp_path / "half.nii.gz", label * 0.125)}, r"values \[0.5\]"),
+    }
+    transforms = [LoadVolumed(["image", "label"]), CheckLabeld("label", num_classes=4)]
+    fine = {"image": good, "label": save(tmp_path / "fine.nii.gz", np.zeros((8, 8, 3), np.uint8))}
+    for name, (wrong, message) in cases.items():
+        with pytest.raises(DataError, match=message) as error:
+            VolumeDataset([{**fine, **wrong}], transforms)[0]
+        assert name in str(error.value)
+        print(f"{name}: {error.value}")
+    assert VolumeDataset([fine], transforms)[0]["image"].shape == (1, 8, 8, 3)
+
+
+def test_failed_write_leaves_nothing_behind(infer, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "case.nii.gz", anatomy(), affine())
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", full)
+    with pytest.raises(RuntimeError):
+        infer(tmp_path / "in")
+    assert list((tmp_path / "out").glob("*")) == [] and list((tmp_path / "out").glob(".*")) == []
