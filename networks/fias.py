@@ -84,9 +84,7 @@ class FIAS(nn.Module):
         inputs = 2 if local_encoder else 1
         self.global_encoder = DilateFormer(in_channels, pretrained, drop_path)
         self.local_encoder = DMKEncoder(in_channels, channels) if local_encoder else None
-        self.fusion = nn.ModuleList(
-            ContextAwareFusion(c, inputs) if fusion == "caf" else SumFusion() for c in channels
-        )
+        self.fusion = nn.ModuleList(ContextAwareFusion(c, inputs) if fusion == "caf" else SumFusion() for c in channels)
         self.decoder = MixAttDecoder(channels, attention=decoder == "mixatt", dropout=dropout)
         self.heads = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in self.decoder.out_channels[-3:][::-1])
 

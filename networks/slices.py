@@ -363,8 +363,8 @@ class LabelMapWriter(NibabelWriter):
 
     The input's NIfTI header is kept (sform, qform, spacing, units), whatever it says: ACDC's headers contradict
     themselves, and readers differ in which part they believe. The map has the input's exact shape, a trailing
-    dimension of 1 included. It is written under a temporary name and renamed when whole. For an input of another format, MONAI's
-    affine is written.
+    dimension of 1 included. It is written under a temporary name and renamed when whole. For an input of another
+    format, MONAI's affine is written.
     """
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:

@@ -121,10 +121,23 @@ def test_two_processes_give_the_metrics_of_one(trained, configs, acdc_phantoms, 
 
     def torchrun(run_id: str, *files: str, root: Path) -> str:
         config = str([f"{configs}/{file}.json" for file in files])
-        arguments = [f"--{key}={value}" for key, value in {**QUICK, "dataset_dir": acdc_phantoms}.items() if key != "device"]
+        arguments = [
+            f"--{key}={value}" for key, value in {**QUICK, "dataset_dir": acdc_phantoms}.items() if key != "device"
+        ]
         return run(
-            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run", run_id,
-            "--config_file", config, f"--bundle_root={root}", "--epochs=1", *arguments,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "monai.bundle",
+            "run",
+            run_id,
+            "--config_file",
+            config,
+            f"--bundle_root={root}",
+            "--epochs=1",
+            *arguments,
         ).stdout
 
     torchrun("training", "train", "multi_gpu_train", root=tmp_path)
@@ -163,7 +176,12 @@ def test_wrong_data_ends_in_one_sentence_and_nothing_written(configs, acdc_phant
     }
     for message, change in wrong.items():
         result = run_bundle(
-            "training", f"{configs}/train.json", check=False, bundle_root=tmp_path / "root", dataset_dir=bad(change), **QUICK
+            "training",
+            f"{configs}/train.json",
+            check=False,
+            bundle_root=tmp_path / "root",
+            dataset_dir=bad(change),
+            **QUICK,
         )
         assert result.returncode == 1
         error = result.stdout[result.stdout.rindex("\nError: ") :]
@@ -184,7 +202,12 @@ def test_wrong_weights_end_in_one_sentence(trained, configs, acdc_phantoms, run_
 
 
 def test_all_properties_resolve(name, configs, acdc_phantoms):
-    for files, kind in {("train",): "train", ("train", "evaluate"): "train", ("evaluate",): "infer", ("inference",): "infer"}.items():
+    for files, kind in {
+        ("train",): "train",
+        ("train", "evaluate"): "train",
+        ("evaluate",): "infer",
+        ("inference",): "infer",
+    }.items():
         workflow = ConfigWorkflow(
             [str(configs / f"{file}.json") for file in files],
             workflow_type=kind,
@@ -199,12 +222,16 @@ def test_all_properties_resolve(name, configs, acdc_phantoms):
 
 def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     """Evaluation and inference prepare, infer and invert as validation in training does."""
-    train, evaluate, inference = (json.loads((configs / f"{f}.json").read_text()) for f in ("train", "evaluate", "inference"))
+    train, evaluate, inference = (
+        json.loads((configs / f"{f}.json").read_text()) for f in ("train", "evaluate", "inference")
+    )
     assert train["validate"]["preprocessing_transforms"] == evaluate["preprocessing"]["transforms"]
     for key in ("inferer", "key_metric"):
         assert train["validate"][key] == evaluate[key]
     without_label = [
-        {**t, "keys": "image"} for t in evaluate["preprocessing"]["transforms"] if not t["_target_"].endswith("CheckLabeld")
+        {**t, "keys": "image"}
+        for t in evaluate["preprocessing"]["transforms"]
+        if not t["_target_"].endswith("CheckLabeld")
     ]
     assert without_label == inference["preprocessing"]["transforms"]
     for key in ("inferer", "dataloader", "network_def", "network"):
@@ -239,7 +266,9 @@ def test_ckpt_export_gives_the_same_network(trained, configs, tmp_path):
     weights = trained / "models" / "model.pt"
     file = tmp_path / "model.ts"
     bundle_command("ckpt_export", configs, "--filepath", str(file), "--ckpt_file", str(weights))
-    network = ConfigParser(json.loads((configs / "inference.json").read_text())).get_parsed_content("network_def").eval()
+    network = (
+        ConfigParser(json.loads((configs / "inference.json").read_text())).get_parsed_content("network_def").eval()
+    )
     network.load_state_dict(torch.load(weights, weights_only=True))
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad():

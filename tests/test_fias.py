@@ -58,8 +58,12 @@ def test_monte_carlo_attention_draws_sizes_evenly_and_cells_within_them():
     assert torch.allclose(torch.stack([odds[:9].sum(), odds[9:13].sum(), odds[13:].sum()]), torch.full((3,), 1 / 3))
     # One cell of a pooled size is the plain mean of its block: 6 x 6 splits evenly into 3 x 3 and 2 x 2.
     x = torch.randn(1, 8, 6, 6)
-    blocks = [x[:, :, i : i + 6 // n, j : j + 6 // n].mean((2, 3), keepdim=True)
-              for n in (3, 2, 1) for i in range(0, 6, 6 // n) for j in range(0, 6, 6 // n)]
+    blocks = [
+        x[:, :, i : i + 6 // n, j : j + 6 // n].mean((2, 3), keepdim=True)
+        for n in (3, 2, 1)
+        for i in range(0, 6, 6 // n)
+        for j in range(0, 6, 6 // n)
+    ]
     possible = [attention.gate(block) for block in blocks]
     for _ in range(30):
         drawn = attention.train()(x)
@@ -86,9 +90,9 @@ def test_mixing_attention_equals_equations_8_to_10():
     tokens = block.norm(x.flatten(2).transpose(1, 2))
     q, k, v = (
         t.reshape(2, 15, 4, 4).transpose(1, 2)
-        for t in nn.functional.linear(
-            tokens, block.self_attention.qkv.weight, block.self_attention.qkv.bias
-        ).chunk(3, -1)
+        for t in nn.functional.linear(tokens, block.self_attention.qkv.weight, block.self_attention.qkv.bias).chunk(
+            3, -1
+        )
     )
     weights = (q @ k.transpose(-1, -2) / 2).softmax(-1)
     attended = block.self_attention.proj((weights @ v).transpose(1, 2).reshape(2, 15, 16))

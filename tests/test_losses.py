@@ -24,9 +24,7 @@ def test_seven_subset_sums_written_out(maps_and_label):
     expected = expected + LOSS(a + b, y) + LOSS(a + c, y) + LOSS(b + c, y) + LOSS(a + b + c, y)
     loss = SubsetSumLoss(LOSS)([a, b, c], y)
     torch.testing.assert_close(loss, expected)
-    for got, wanted in zip(
-        torch.autograd.grad(loss, (a, b, c)), torch.autograd.grad(expected, (a, b, c)), strict=True
-    ):
+    for got, wanted in zip(torch.autograd.grad(loss, (a, b, c)), torch.autograd.grad(expected, (a, b, c)), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
