@@ -36,6 +36,7 @@ class Checkpoints:
         resume: start from ``last.pt``.
 
     Raises:
+        ValueError: when ``resume`` is no truth value: on a command line, ``false`` is a text, and texts are true.
         FileNotFoundError: at the start of a resumed training without ``last.pt``.
     """
 
@@ -47,6 +48,8 @@ class Checkpoints:
         evaluator: Evaluator,
         resume: bool = False,
     ) -> None:
+        if not isinstance(resume, bool):
+            raise ValueError(f"resume is True or False, got {resume!r}.")
         self.directory = Path(directory)
         self.network = getattr(network, "module", network)  # without DistributedDataParallel's prefix
         self.optimizer = optimizer
@@ -126,7 +129,7 @@ class ProgressBar:
         """Attach to a trainer, after its ``ValidationHandler``. Only the first process shows the bar."""
         RunningAverage(output_transform=from_engine(["loss"], first=True)).attach(trainer, "loss")
         Frequency(output_transform=len).attach(trainer, "slices/s", Events.ITERATION_COMPLETED)
-        trainer.state.metrics["dice"] = 0.0
+        trainer.state.metrics["dice"] = float("nan")  # none yet
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note_score)
         if trainer.state.rank == 0:
             bar = IgniteProgressBar(persist=True, desc="Epoch")
