@@ -90,14 +90,12 @@ class FIAS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "FIAS")
-        global_features = self.global_encoder(x)
-        features: list[list[Tensor]] = [[f] for f in global_features]
+        encoded = [self.global_encoder(x)]
         if self.local_encoder is not None:
-            local_features = self.local_encoder(x)
-            features = [[g, f] for g, f in zip(global_features, local_features)]  # noqa: B905 (TorchScript)
+            encoded.append(self.local_encoder(x))
         fused: list[Tensor] = []
         for level, fusion in enumerate(self.fusion):
-            fused.append(fusion(features[level]))
+            fused.append(fusion([features[level] for features in encoded]))
         decoded = self.decoder(fused)
         maps: list[Tensor] = []
         for level, head in enumerate(self.heads):

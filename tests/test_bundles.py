@@ -121,24 +121,10 @@ def test_two_processes_give_the_metrics_of_one(trained, configs, acdc_phantoms, 
 
     def torchrun(run_id: str, *files: str, root: Path) -> str:
         config = str([f"{configs}/{file}.json" for file in files])
-        arguments = [
-            f"--{key}={value}" for key, value in {**QUICK, "dataset_dir": acdc_phantoms}.items() if key != "device"
-        ]
-        return run(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "-m",
-            "monai.bundle",
-            "run",
-            run_id,
-            "--config_file",
-            config,
-            f"--bundle_root={root}",
-            "--epochs=1",
-            *arguments,
-        ).stdout
+        launch = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run".split()
+        options = {"bundle_root": root, "dataset_dir": acdc_phantoms, "image_size": 32, "num_workers": 0, "epochs": 1}
+        arguments = [f"--{key}={value}" for key, value in options.items()]
+        return run(*launch, run_id, "--config_file", config, *arguments, threads=1).stdout
 
     torchrun("training", "train", "multi_gpu_train", root=tmp_path)
     assert (tmp_path / "models" / "model.pt").is_file()
