@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,15 @@ class VolumeDataset(CacheDataset):
         super().__init__(
             data, transform, cache_rate=float(cache), num_workers=num_workers, copy_cache=False, progress=False
         )
+
+    def _fill_cache(self, indices: Sequence[int] | None = None) -> list[Any]:
+        # MONAI's pool does not wait for its threads when an item fails; one still inside torch when the interpreter
+        # exits aborts the process.
+        pool = ThreadPoolExecutor(self.num_workers)
+        try:
+            return list(pool.map(self._load_cache_item, range(self.cache_num) if indices is None else indices))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _load_cache_item(self, idx: int) -> Any:
         with _data_errors():
