@@ -116,6 +116,7 @@ def test_runs_from_the_bundle_s_own_folder(trained, configs, acdc_phantoms, run_
     assert len(list((root / "eval").glob("*_seg.nii.gz"))) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(trained, configs, acdc_phantoms, run_bundle, tmp_path):
     """torchrun with gloo: training ends in one model.pt, evaluation in the same mean Dice as one process."""
 
