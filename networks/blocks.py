@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MIN_SIZE", "ConvNormAct", "check_input", "check_spatial_dims", "upsample"]
-
-MIN_SIZE = 32
-"""Smallest height and width in pixels: the encoders reduce by 32."""
+__all__ = ["ConvNormAct", "check_input", "check_spatial_dims", "upsample"]
 
 
 class ConvNormAct(nn.Sequential):
@@ -78,6 +75,8 @@ def check_input(x: Tensor, in_channels: int, network: str) -> None:
         x: expected ``B, in_channels, H, W`` with ``H, W >= 32``.
         in_channels: channels that the network was built for.
         network: name for the message.
+
+    The limit of 32 pixels is one position at the encoders' deepest scale.
 
     Raises:
         ValueError: on a wrong rank, channel count or a height or width below 32.

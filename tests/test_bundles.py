@@ -70,7 +70,7 @@ def test_resume_takes_up_epoch_optimiser_and_best_score(trained, configs, acdc_p
     assert "nothing to train" in run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
 
 
-def test_run_and_training_and_evaluating_with_train_config_are_the_same_entry(configs):
+def test_run_names_the_one_entry_of_each_config(configs):
     for file, run_id in {"train": "training", "evaluate": "evaluating", "inference": "inferring"}.items():
         config = json.loads((configs / f"{file}.json").read_text())
         assert config["run"] == [f"$@{run_id}"] and len(config[run_id]) == 1
