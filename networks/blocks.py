@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvNormAct", "check_input", "check_spatial_dims", "upsample"]
+__all__ = [
+    "ConvNormAct",
+    "Heads",
+    "SumFusion",
+    "check_input",
+    "check_option",
+    "check_spatial_dims",
+    "pad_to_multiple",
+    "upsample",
+]
 
 
 class ConvNormAct(nn.Sequential):
@@ -15,8 +26,9 @@ class ConvNormAct(nn.Sequential):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        kernel_size: side of the square kernel; the padding keeps the size at ``stride=1``.
-        stride: step of the convolution, an odd size is rounded up.
+        kernel_size: side of the square kernel. An odd one is padded to keep the size at ``stride=1``, and to round an
+            odd size up at 2; a 2x2 of stride 2 needs no padding.
+        stride: step of the convolution.
         act: class of the activation.
 
     Shape:
@@ -32,10 +44,69 @@ class ConvNormAct(nn.Sequential):
         act: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, (kernel_size - 1) // 2, bias=False),
             nn.BatchNorm2d(out_channels),
             act(),
         )
+
+
+class SumFusion(nn.Module):
+    """Sum of the encoders' features, one or more.
+
+    Shape:
+        a list of maps ``B, C, H, W`` to ``B, C, H, W``.
+    """
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        total = features[0]
+        for feature in features[1:]:
+            total = total + feature
+        return total
+
+
+class Heads(nn.Module):
+    """One prediction map per scale by 1x1 convolutions, each up-sampled to the input's size, and their sum.
+
+    Args:
+        channels: channels of each scale's feature, finest first.
+        out_channels: number of classes.
+        deep_supervision: in training return the maps rather than their sum.
+
+    Shape:
+        a list of features ``B, C_i, h_i, w_i``; ``like``: the network's input ``B, *, H, W``; ``padded``: the same
+        padded below and right, which the features were made from, when it was. To ``B, out_channels, H, W``, or in
+        training with ``deep_supervision`` a list of them in the features' order.
+    """
+
+    def __init__(self, channels: Sequence[int], out_channels: int, deep_supervision: bool) -> None:
+        super().__init__()
+        self.deep_supervision = deep_supervision
+        self.convs = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in channels)
+
+    def forward(self, features: list[Tensor], like: Tensor, padded: Tensor | None = None) -> Tensor | list[Tensor]:
+        maps: list[Tensor] = []
+        for i, conv in enumerate(self.convs):
+            logits = upsample(conv(features[i]), like=like if padded is None else padded)
+            maps.append(logits[:, :, : like.shape[2], : like.shape[3]])
+        if self.training and self.deep_supervision:
+            return maps
+        total = maps[0]
+        for logits in maps[1:]:
+            total = total + logits
+        return total
+
+
+def pad_to_multiple(x: Tensor, multiple: tuple[int, int]) -> Tensor:
+    """Pad a slice with zeros below and right until its sides are multiples.
+
+    Args:
+        x: ``B, C, H, W``.
+        multiple: of the height and of the width.
+
+    Returns:
+        ``B, C, H', W'`` with ``H' >= H`` and ``W' >= W``.
+    """
+    return F.pad(x, [0, -x.shape[3] % multiple[1], 0, -x.shape[2] % multiple[0]])
 
 
 def upsample(x: Tensor, like: Tensor) -> Tensor:
@@ -66,6 +137,21 @@ def check_spatial_dims(network: str, spatial_dims: int) -> None:
             f"{network} segments 2D slices: expected spatial_dims=2, got {spatial_dims}. "
             "For volumes, run it over slices with monai.inferers.SliceInferer."
         )
+
+
+def check_option(name: str, value: str, options: Collection[str]) -> None:
+    """Refuse a value that is none of an argument's options.
+
+    Args:
+        name: the argument.
+        value: what it was given.
+        options: what it takes.
+
+    Raises:
+        ValueError: naming all three.
+    """
+    if value not in options:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, options))}, got {value!r}.")
 
 
 def check_input(x: Tensor, in_channels: int, network: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .attention import MultiHeadSelfAttention
 from .blocks import check_input
 from .errors import DataError
-from .weights import StateDict, load_state_dict, read_weights
+from .weights import StateDict, load_backbone, read_weights
 
 __all__ = ["DilateFormer", "MultiScaleDilatedAttention", "dilated_attention"]
 
@@ -252,10 +252,7 @@ class DilateFormer(nn.Module):
                 f"{path} holds a DilateFormer of depths {depths}, not the tiny model's {self.depths}: "
                 "a checkpoint of another variant, or an incomplete one."
             )
-        stem = state.get("patch_embed.proj.0.weight")
-        if stem is not None and stem.shape[1] == 3 and self.in_channels == 1:
-            state = {**state, "patch_embed.proj.0.weight": stem.sum(1, keepdim=True)}
-        load_state_dict(self, state, source=str(path), leftover=("norm.", "head."))
+        load_backbone(self, state, str(path), stem="patch_embed.proj.0.weight", leftover=("norm.", "head."))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         check_input(x, self.in_channels, "DilateFormer")

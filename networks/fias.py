@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import MultiHeadSelfAttention
-from .blocks import ConvNormAct, check_input, check_spatial_dims, upsample
+from .blocks import ConvNormAct, Heads, SumFusion, check_input, check_option, check_spatial_dims, upsample
 from .dilateformer import DilateFormer
 
 __all__ = ["FIAS"]
@@ -74,19 +74,16 @@ class FIAS(nn.Module):
     ) -> None:
         super().__init__()
         check_spatial_dims("FIAS", spatial_dims)
-        if fusion not in ("caf", "sum"):
-            raise ValueError(f"fusion is 'caf' or 'sum', got {fusion!r}.")
-        if decoder not in ("mixatt", "conv"):
-            raise ValueError(f"decoder is 'mixatt' or 'conv', got {decoder!r}.")
+        check_option("fusion", fusion, ("caf", "sum"))
+        check_option("decoder", decoder, ("mixatt", "conv"))
         self.in_channels = in_channels
-        self.deep_supervision = deep_supervision
         channels = DilateFormer.channels
         inputs = 2 if local_encoder else 1
         self.global_encoder = DilateFormer(in_channels, pretrained, drop_path)
         self.local_encoder = DMKEncoder(in_channels, channels) if local_encoder else None
         self.fusion = nn.ModuleList(ContextAwareFusion(c, inputs) if fusion == "caf" else SumFusion() for c in channels)
         self.decoder = MixAttDecoder(channels, attention=decoder == "mixatt", dropout=dropout)
-        self.heads = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in self.decoder.out_channels[-3:][::-1])
+        self.heads = Heads(self.decoder.out_channels[-3:][::-1], out_channels, deep_supervision)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "FIAS")
@@ -97,12 +94,7 @@ class FIAS(nn.Module):
         for level, fusion in enumerate(self.fusion):
             fused.append(fusion([features[level] for features in encoded]))
         decoded = self.decoder(fused)
-        maps: list[Tensor] = []
-        for level, head in enumerate(self.heads):
-            maps.append(upsample(head(decoded[level]), like=x))
-        if self.training and self.deep_supervision:
-            return maps
-        return maps[0] + maps[1] + maps[2]
+        return self.heads(decoded, like=x)
 
 
 class DMKEncoder(nn.Module):
@@ -182,17 +174,6 @@ class ContextAwareFusion(nn.Module):
             summary = summary + conv(features[i])
         w_spatial = torch.sigmoid(self.spatial(summary))  # eq. 5
         return w_spatial * fused  # eq. 6
-
-
-class SumFusion(nn.Module):
-    """Sum of the encoders' features, table 3's second row.
-
-    Shape:
-        a list of maps ``B, C, H, W`` to ``B, C, H, W``.
-    """
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return torch.stack(features).sum(0)
 
 
 class MixAttDecoder(nn.Module):

@@ -107,6 +107,25 @@ def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: 
     module.load_state_dict(state)
 
 
+def load_backbone(module: nn.Module, state: StateDict, source: str, stem: str, leftover: Iterable[str]) -> None:
+    """Load ImageNet weights into an encoder of one or three channels.
+
+    Args:
+        module: the encoder; changed only if all tensors fit.
+        state: names and tensors of the weights.
+        source: where ``state`` comes from, for the message.
+        stem: name of the first convolution's weight; for one channel it is summed over RGB, equal to repeating the
+            channel.
+        leftover: prefixes of names that only the classifier has.
+
+    Raises:
+        DataError: naming the tensors that are missing, unexpected or of another shape.
+    """
+    if stem in state and state[stem].shape[1:2] == (3,) and module.state_dict()[stem].shape[1] == 1:
+        state = {**state, stem: state[stem].sum(1, keepdim=True)}
+    load_state_dict(module, state, source, leftover)
+
+
 def _some(names: list[str], most: int = 5) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -1,42 +1,22 @@
-"""FIAS against its paper and design: cost, ablations, Monte Carlo attention, fusion."""
+"""FIAS against its paper and design: ablations, Monte Carlo attention, fusion."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from networks import FIAS
-from networks.fias import ContextAwareFusion, MixingAttention, MonteCarloAttention, SumFusion
-
-COST = {
-    "full": ({}, 32.54, 9.94),
-    "without DMK": ({"local_encoder": False}, 26.94, 9.21),
-    "sum fusion": ({"fusion": "sum"}, 28.12, 9.60),
-    "without MixAtt": ({"decoder": "conv"}, 30.54, 6.84),
-}
-
-
-@pytest.mark.parametrize("variant", COST)
-def test_cost_is_the_design_s_within_one_percent(variant):
-    kwargs, parameters, macs = COST[variant]
-    net = FIAS(in_channels=1, out_channels=9, **kwargs).eval()
-    # Not every torch version's counter knows the fused attention kernel of the CPU: the plain one is counted by all.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        net(torch.zeros(1, 1, 256, 256))
-    got = sum(p.numel() for p in net.parameters()) / 1e6, counter.get_total_flops() / 2e9
-    print(f"{variant}: {got[0]:.2f} M ({parameters}), {got[1]:.2f} G ({macs})")
-    assert got == (pytest.approx(parameters, rel=0.01), pytest.approx(macs, rel=0.01))
+from networks.blocks import SumFusion
+from networks.fias import ContextAwareFusion, MixingAttention, MonteCarloAttention
 
 
 def test_ablations_run_together_and_unknown_ones_are_refused():
     net = FIAS(1, 2, local_encoder=False, fusion="sum", decoder="conv").eval()
     assert net(torch.zeros(1, 1, 40, 40)).shape == (1, 2, 40, 40)
-    with pytest.raises(ValueError, match="fusion is 'caf' or 'sum'"):
+    with pytest.raises(ValueError, match="fusion is one of 'caf', 'sum', got 'cat'"):
         FIAS(1, 2, fusion="cat")
-    with pytest.raises(ValueError, match="decoder is 'mixatt' or 'conv'"):
+    with pytest.raises(ValueError, match="decoder is one of 'mixatt', 'conv', got 'unet'"):
         FIAS(1, 2, decoder="unet")
 
 
