@@ -1,9 +1,9 @@
 """DANIE: Dual Attention Encoder with Joint Preservation for Medical Image Segmentation.
 
-Li, Tu, Gong, Zhong and Li, ECAI 2024. Two streams see the same slice: self-attention perception (SAP, a MaxViT) and
-hierarchical-attention perception (HAP, channel and spatial attention on convolutions). At each of four scales joint
-preservation enhances and adds them, and goes up through the sums. The paper leaves points open; read from the text
-here:
+Li, Tu, Gong, Zhong and Li, ECAI 2024 (https://doi.org/10.3233/FAIA240505). Two streams see the same slice:
+self-attention perception (SAP, a MaxViT) and hierarchical-attention perception (HAP, channel and spatial attention on
+convolutions). At each of four scales joint preservation enhances and adds them, and goes up through the sums. The
+paper leaves points open; read from its text:
 
 - eq. 5: "compress the channel dimensions" makes A_d a map 1 x H x W (the printed C x 1 x 1 would need a pooling that no
   equation has).
@@ -69,8 +69,8 @@ class DANIE(nn.Module):
             (``.safetensors`` or ``.pth``); False for none. One input channel takes the stem's weights summed over
             RGB, equal to repeating the channel. Without effect where ``self_attention`` is False.
         drop_path: stochastic depth of the MaxViT. The paper names none.
-        img_size: height and width, or both in one number, that the MaxViT's windows are made for: multiples of 32,
-            windows are a 32nd of it. All values share one set of weights.
+        img_size: height and width of the slices, or both in one number. The MaxViT's windows are a 32nd of it, rounded
+            up. All values share one set of weights.
         self_attention: False leaves the SAP stream out, and MaxViT with it (table 5, A.2).
         hierarchical_attention: False leaves the HAP stream out (table 5, A.1). Either stream alone is not fused:
             ``fusion`` has no effect.
@@ -89,10 +89,10 @@ class DANIE(nn.Module):
         ``B, in_channels, H, W`` with any ``H, W >= 32`` to logits ``B, out_channels, H, W``. In training with
         ``deep_supervision`` a list of four such maps, the finest first.
 
-        A slice that is no multiple of ``img_size`` (of 32 without the SAP stream) is padded with zeros below and
-        right to the next one, and the logits are cropped. Time and memory are the padded slice's, up to four times as
-        much just beyond a multiple, and the padding takes part in attention and pooling: set ``img_size`` to what
-        the slices measure, rounded up to 32.
+        Windows must tile every scale: a slice that is no multiple of ``img_size`` (rounded up to 32; of 32 itself
+        without the SAP stream) is padded with zeros below and right to the next one, and the logits are cropped. It
+        costs what the padded slice costs, up to four times as much just beyond a multiple, and the padding takes
+        part in attention and pooling. Slices of ``img_size`` are padded by less than 32.
 
     Raises:
         DataError: when pretrained weights cannot be had or do not fit, saying what was tried.
@@ -130,15 +130,14 @@ class DANIE(nn.Module):
         if not (self_attention or hierarchical_attention):
             raise ValueError("DANIE needs a stream: self_attention and hierarchical_attention are both False.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % 32 or width % 32 or min(height, width) < 32:
-            raise ValueError(f"img_size is a multiple of 32, or a pair of them, got {img_size!r}.")
+        if min(height, width) < 1:
+            raise ValueError(f"img_size is a size in pixels or a pair of them, got {img_size!r}.")
+        windows = (32 * math.ceil(height / 32), 32 * math.ceil(width / 32))
         backbone, channels = SIZES[size]
         self.in_channels = in_channels
-        self.multiple = (height, width) if self_attention else (32, 32)
+        self.multiple = windows if self_attention else (32, 32)
         self.self_attention = (
-            SelfAttentionPerception(backbone, in_channels, (height, width), pretrained, drop_path)
-            if self_attention
-            else None
+            SelfAttentionPerception(backbone, in_channels, windows, pretrained, drop_path) if self_attention else None
         )
         self.hierarchical_attention = (
             HierarchicalAttentionPerception(in_channels, channels, attention, calibration)

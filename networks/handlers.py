@@ -118,7 +118,7 @@ class ProgressBar:
 
     Args:
         evaluator: the validation engine.
-        every: iterations between updates; each reads the loss from the device.
+        every: iterations between updates, and there is one at an epoch's end; each reads the loss from the device.
     """
 
     def __init__(self, evaluator: Evaluator, every: int = 10) -> None:
@@ -136,9 +136,12 @@ class ProgressBar:
             bar.attach(
                 trainer,
                 metric_names=["loss", "dice", "slices/s"],
-                event_name=Events.ITERATION_COMPLETED(every=self.every),
+                event_name=Events.ITERATION_COMPLETED(event_filter=self._is_due),
                 closing_event_name=Events.EPOCH_COMPLETED,
             )
+
+    def _is_due(self, trainer: Engine, iteration: int) -> bool:
+        return iteration % self.every == 0 or iteration % trainer.state.epoch_length == 0
 
     def _note_score(self, trainer: Engine) -> None:
         state = self.evaluator.state

@@ -17,6 +17,7 @@ from conftest import ROOT, run
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
 QUICK = {"image_size": 32, "num_workers": 0, "device": "cpu"}
+TRAIN = {**QUICK, "pretrained": False}
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
@@ -34,7 +35,7 @@ def trained(name, configs, acdc_phantoms, run_bundle, tmp_path_factory) -> Path:
     """A bundle root after one epoch of training; its log in ``log.txt``."""
     root = tmp_path_factory.mktemp(name)
     result = run_bundle(
-        "training", f"{configs}/train.json", bundle_root=root, dataset_dir=acdc_phantoms, epochs=1, **QUICK
+        "training", f"{configs}/train.json", bundle_root=root, dataset_dir=acdc_phantoms, epochs=1, **TRAIN
     )
     (root / "log.txt").write_text(result.stdout)
     return root
@@ -59,7 +60,7 @@ def test_resume_takes_up_epoch_optimiser_and_best_score(trained, configs, acdc_p
     before["best"]["best_metric"] = 2.0  # out of reach: a resumed run must not think its first epoch the best
     torch.save(before, last)
     model = (last.parent / "model.pt").read_bytes()
-    arguments = {"bundle_root": tmp_path / "root", "dataset_dir": acdc_phantoms, "resume": True, **QUICK}
+    arguments = {"bundle_root": tmp_path / "root", "dataset_dir": acdc_phantoms, "resume": True, **TRAIN}
     log = run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
     after = torch.load(last, weights_only=True)
     assert "resumed after epoch 1 of 2, best score 2.0000" in log
@@ -124,6 +125,7 @@ def test_two_processes_give_the_metrics_of_one(trained, configs, acdc_phantoms, 
         config = str([f"{configs}/{file}.json" for file in files])
         launch = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run".split()
         options = {"bundle_root": root, "dataset_dir": acdc_phantoms, "image_size": 32, "num_workers": 0, "epochs": 1}
+        options["pretrained"] = False
         arguments = [f"--{key}={value}" for key, value in options.items()]
         return run(*launch, run_id, "--config_file", config, *arguments, threads=1).stdout
 
@@ -168,7 +170,7 @@ def test_wrong_data_ends_in_one_sentence_and_nothing_written(configs, acdc_phant
             check=False,
             bundle_root=tmp_path / "root",
             dataset_dir=bad(change),
-            **QUICK,
+            **TRAIN,
         )
         assert result.returncode == 1
         error = result.stdout[result.stdout.rindex("\nError: ") :]
@@ -185,7 +187,7 @@ def test_wrong_weights_end_in_one_sentence(trained, configs, acdc_phantoms, run_
         "evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=trained / "models", num_classes=9, **arguments
     )
     assert other.returncode == 1
-    assert re.search(r"heads.0.weight is \[4, .* in the file, \[9, .* in the network", other.stdout)
+    assert re.search(r"heads.convs.0.weight is \[4, .* in the file, \[9, .* in the network", other.stdout)
 
 
 def test_all_properties_resolve(name, configs, acdc_phantoms):
@@ -200,7 +202,7 @@ def test_all_properties_resolve(name, configs, acdc_phantoms):
             workflow_type=kind,
             logging_file=False,
             dataset_dir=str(acdc_phantoms),
-            **QUICK,
+            **TRAIN,
         )
         workflow.parser["initialize"] = []
         workflow.initialize()
@@ -225,6 +227,29 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
         assert evaluate[key] == inference[key]
     for key in train.keys() & evaluate.keys() - {"network_def", "initialize", "run", "num_workers", "imports"}:
         assert train[key] == evaluate[key], key
+
+
+def test_what_the_bundles_share_is_the_same_word_for_word(name, configs):
+    """Two bundles differ in named values at the top, the network, its optimiser and nothing else."""
+    own = "name size epochs batch_size dice_weight ce_weight dropout pretrained deep_supervision".split()
+
+    def shared(file: Path) -> str:
+        text = re.sub(r'    "network_def": \{.*?\n    \},\n', "", file.read_text(), flags=re.S)
+        text = re.sub(r'"torch\.optim\.\w+"', "", text)
+        return re.sub(rf'    "({"|".join(own)})": .*\n', "", text)
+
+    first = ROOT / "bundles" / BUNDLES[0]
+    for file in sorted(configs.glob("*")):
+        if file.name != "metadata.json":
+            assert shared(file) == shared(first / "configs" / file.name), file
+    assert (configs.parent / "LICENSE").read_bytes() == (first / "LICENSE").read_bytes()
+
+    def sections(bundle: Path) -> list[str]:
+        return re.findall("^#+ .*$", (bundle / "docs" / "README.md").read_text(), re.M)[1:]
+
+    assert sections(configs.parent) == sections(first)
+    meta, other = (json.loads((f / "metadata.json").read_text()) for f in (configs, first / "configs"))
+    assert list(meta) == list(other)
 
 
 def test_metadata_tells_what_the_network_gives(name, configs):

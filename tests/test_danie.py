@@ -199,8 +199,8 @@ def test_unknown_arguments_are_refused_with_what_is_known():
         DANIE(1, 2, attention="both")
     with pytest.raises(ValueError, match="fusion is one of .*got 'sum'"):
         DANIE(1, 2, fusion="sum")
-    with pytest.raises(ValueError, match="img_size is a multiple of 32, or a pair of them, got 100"):
-        DANIE(1, 2, img_size=100)
+    with pytest.raises(ValueError, match="img_size is a size in pixels or a pair of them, got 0"):
+        DANIE(1, 2, img_size=0)
     with pytest.raises(ValueError, match="both False"):
         DANIE(1, 2, self_attention=False, hierarchical_attention=False)
 
@@ -216,7 +216,7 @@ def test_a_slice_that_does_not_fit_is_padded_below_and_right_and_cropped_back():
 @torch.no_grad()
 def test_every_img_size_takes_the_same_weights():
     state = small(img_size=64).state_dict()
-    for img_size in (32, 96, (64, 96)):
+    for img_size in (32, 96, (50, 96)):
         net = small(img_size=img_size)
         net.load_state_dict(state, strict=True)
         assert net(image(1, 1, 96, 96)).isfinite().all()
