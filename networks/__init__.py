@@ -1,12 +1,12 @@
 """Dual-path networks that segment volumes slice by slice, written for MONAI."""
 
-from . import datasets, slices
+from . import datasets, files, handlers, metrics, report, slices
 from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
 from .losses import SubsetSumLoss
-from .weights import load_weights
+from .weights import load_matching, load_weights
 
 __all__ = [
     "DANIE",
@@ -16,7 +16,12 @@ __all__ = [
     "SubsetSumLoss",
     "datasets",
     "explain_errors",
+    "files",
+    "handlers",
+    "load_matching",
     "load_weights",
+    "metrics",
+    "report",
     "slices",
 ]
 __version__ = "0.1.0"

@@ -1,12 +1,11 @@
-"""Attention and what it is computed with, for more than one file."""
+"""Attention blocks that more than one file uses."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MultiHeadSelfAttention", "matmul_fp32"]
+__all__ = ["MultiHeadSelfAttention"]
 
 
 class MultiHeadSelfAttention(nn.Module):
@@ -40,24 +39,3 @@ class MultiHeadSelfAttention(nn.Module):
         qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
         return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
-
-
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product in at least 32 bit, inside autocast too.
-
-    TorchScript, scripted or traced, ignores an autocast context of its own: there the product is taken in 64 bit,
-    which autocast leaves alone.
-
-    Args:
-        a: ``*, N, K``.
-        b: ``*, K, M``.
-
-    Returns:
-        ``*, N, M``, 32 bit.
-    """
-    if torch.jit.is_scripting():
-        return (a.double() @ b.double()).float()
-    if torch.jit.is_tracing():
-        return (a.double() @ b.double()).float()
-    with torch.autocast(a.device.type, enabled=False):
-        return a.float() @ b.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 __all__ = [
     "ConvNormAct",
     "Heads",
+    "ScaleFusion",
     "SumFusion",
     "check_input",
-    "check_option",
     "check_spatial_dims",
     "pad_to_multiple",
     "upsample",
@@ -32,7 +32,8 @@ class ConvNormAct(nn.Sequential):
         act: class of the activation.
 
     Shape:
-        ``B, in_channels, H, W`` to ``B, out_channels, ceil(H / stride), ceil(W / stride)``.
+        ``B, in_channels, H, W`` to ``B, out_channels, ceil(H / stride), ceil(W / stride)``, for an even kernel rounded
+        down.
     """
 
     def __init__(
@@ -48,6 +49,27 @@ class ConvNormAct(nn.Sequential):
             nn.BatchNorm2d(out_channels),
             act(),
         )
+
+
+class ScaleFusion(nn.Module):
+    """The encoders' features fused scale by scale.
+
+    Args:
+        fusions: one module per scale, from a list of maps to one map.
+
+    Shape:
+        a list of encoders, each a list of maps ``B, C_i, H_i, W_i``, to a list of one map per scale.
+    """
+
+    def __init__(self, fusions: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(fusions)
+
+    def forward(self, encoded: list[list[Tensor]]) -> list[Tensor]:
+        fused: list[Tensor] = []
+        for scale, fusion in enumerate(self.scales):
+            fused.append(fusion([features[scale] for features in encoded]))
+        return fused
 
 
 class SumFusion(nn.Module):
@@ -73,9 +95,10 @@ class Heads(nn.Module):
         deep_supervision: in training return the maps rather than their sum.
 
     Shape:
-        a list of features ``B, C_i, h_i, w_i``; ``like``: the network's input ``B, *, H, W``; ``padded``: the same
-        padded below and right, which the features were made from, when it was. To ``B, out_channels, H, W``, or in
-        training with ``deep_supervision`` a list of them in the features' order.
+        a list of features ``B, C_i, h_i, w_i``; ``like``: the network's input ``B, *, H, W``; ``padded``: the padded
+        input that the features were made from, if it was padded: the maps are resized to it, then cropped to
+        ``like``. To ``B, out_channels, H, W``, or in training with ``deep_supervision`` a list of them in the
+        features' order.
     """
 
     def __init__(self, channels: Sequence[int], out_channels: int, deep_supervision: bool) -> None:
@@ -139,30 +162,15 @@ def check_spatial_dims(network: str, spatial_dims: int) -> None:
         )
 
 
-def check_option(name: str, value: str, options: Collection[str]) -> None:
-    """Refuse a value that is none of an argument's options.
-
-    Args:
-        name: the argument.
-        value: what it was given.
-        options: what it takes.
-
-    Raises:
-        ValueError: naming all three.
-    """
-    if value not in options:
-        raise ValueError(f"{name} is one of {', '.join(map(repr, options))}, got {value!r}.")
-
-
 def check_input(x: Tensor, in_channels: int, network: str) -> None:
     """Refuse an input that the network cannot take, and say what it takes. Free of cost while tracing.
+
+    The limit of 32 pixels is one position at the encoders' deepest scale.
 
     Args:
         x: expected ``B, in_channels, H, W`` with ``H, W >= 32``.
         in_channels: channels that the network was built for.
         network: name for the message.
-
-    The limit of 32 pixels is one position at the encoders' deepest scale.
 
     Raises:
         ValueError: on a wrong rank, channel count or a height or width below 32.

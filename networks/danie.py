@@ -3,20 +3,29 @@
 Li, Tu, Gong, Zhong and Li, ECAI 2024 (https://doi.org/10.3233/FAIA240505). Two streams see the same slice:
 self-attention perception (SAP, a MaxViT) and hierarchical-attention perception (HAP, channel and spatial attention on
 convolutions). At each of four scales joint preservation enhances and adds them, and goes up through the sums. The
-paper leaves points open; read from its text:
+paper leaves points open. Read from its text:
 
 - eq. 5: "compress the channel dimensions" makes A_d a map 1 x H x W (the printed C x 1 x 1 would need a pooling that no
   equation has).
 - eq. 7: S_{3,j} must be S_{3,i}, as in DANet, whose channel attention this is: as printed the weights sum to one and
   drop out.
-- eq. 8 and 9: GCNet's context modelling; the bottleneck of eq. 9 has a quarter of the channels.
-- section 4.2: MaxViT-tiny and -small are timm's ``maxvit_rmlp_tiny_rw_256`` and ``maxvit_rmlp_small_rw_224``, the
-  variants of the paper's widths that take any window size.
+- eq. 8 and 9: GCNet's context modelling.
+- section 4.2: MaxViT-tiny and -small are timm's variants of the paper's widths whose weights fit any window size:
+  ``maxvit_rmlp_tiny_rw_256``, and ``maxvit_rmlp_small_rw_224`` because timm has no weights for ``small_rw_256``; built
+  for 256 it is the same network.
 
-And chosen to reach the costs that the paper prints (tables 1, 5 and 7), not read from it. That the costs come out
-shows that they belong to one network, not that it is the authors' own:
+And chosen, where the text is silent:
 
-- HAP's embedding: pairs of 3x3 convolutions, 32 wide at full and 64 wide at half size, in both sizes of the network.
+- eq. 2: one MLP for both branches, ratio 16, ReLU. Eq. 3: a 1-to-1 convolution of its own for each branch.
+- eq. 4: the weights start at 0.5.
+- eq. 9: the bottleneck has a quarter of the channels.
+- eq. 11 and the heads: up-sampling is bilinear.
+
+And chosen to reach the costs that the paper prints (tables 1, 5 and 7). That they come out shows that they belong to
+one network, not that it is the authors' own:
+
+- HAP's embedding: two 3x3 convolutions of 32 channels at full size, max-pooling, two of 64 at half size, and one of
+  stride 2 to C, in both sizes of the network.
 - HAP's stage: a 2x2 convolution down (none in the first), a 3x3 convolution, the attention, a ConvBlock.
 - a 3x3 convolution on the sum of eq. 10 wherever ES or EH is on, and none in the row "Add".
 - eq. 11: the deeper feature is up-sampled at its full width, twice the one it joins.
@@ -32,18 +41,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .attention import matmul_fp32
 from .blocks import (
     ConvNormAct,
     Heads,
+    ScaleFusion,
     SumFusion,
     check_input,
-    check_option,
     check_spatial_dims,
     pad_to_multiple,
     upsample,
 )
-from .errors import DataError
+from .errors import DataError, check_option
 from .weights import load_backbone, read_weights
 
 __all__ = ["DANIE"]
@@ -52,23 +60,33 @@ SIZES = {
     "small": ("maxvit_rmlp_tiny_rw_256", (64, 128, 256, 512)),
     "large": ("maxvit_rmlp_small_rw_224", (96, 192, 384, 768)),
 }
-ATTENTIONS = ("channel-spatial", "spatial-channel", "channel", "spatial", "w/o spatial", "w/o channel")
+ATTENTIONS = {
+    "channel-spatial": ("channel", "spatial"),
+    "spatial-channel": ("spatial", "channel"),
+    "channel": ("channel",),
+    "spatial": ("spatial",),
+    "w/o spatial": ("channel",),
+    "w/o channel": ("spatial",),
+}
 FUSIONS = ("joint", "es", "eh", "add", "concat")
 
 
 class DANIE(nn.Module):
     """Dual Attention Encoder with Joint Preservation, figure 3 of the paper.
 
+    SAP and HAP, each with its embedding, are the Dual Attention Encoder (DAE).
+
     Args:
         in_channels: channels of the slice, 1 for MR and CT, 3 for RGB.
         out_channels: number of classes, background included.
         size: ``"small"`` (DANIE-S, widths 64 to 512) or ``"large"`` (DANIE-L, widths 96 to 768).
         spatial_dims: 2, as MONAI's networks take it.
-        dropout: rate between the two convolutions of joint preservation's blocks. The paper names none.
+        dropout: rate between the two convolutions of joint preservation's blocks. The paper gives none.
         pretrained: True for timm's ImageNet weights in the MaxViT, downloaded once; a path for a file of them
-            (``.safetensors`` or ``.pth``); False for none. One input channel takes the stem's weights summed over
-            RGB, equal to repeating the channel. Without effect where ``self_attention`` is False.
-        drop_path: stochastic depth of the MaxViT. The paper names none.
+            (``.safetensors`` or ``.pth``); False for none. A file fits one or three input channels: one takes the
+            stem's weights summed over RGB, equal to repeating the channel. Without effect where ``self_attention``
+            is False.
+        drop_path: stochastic depth of the MaxViT. The paper gives none.
         img_size: height and width of the slices, or both in one number. The MaxViT's windows are a 32nd of it, rounded
             up. All values share one set of weights.
         self_attention: False leaves the SAP stream out, and MaxViT with it (table 5, A.2).
@@ -91,11 +109,13 @@ class DANIE(nn.Module):
 
         Windows must tile every scale: a slice that is no multiple of ``img_size`` (rounded up to 32; of 32 itself
         without the SAP stream) is padded with zeros below and right to the next one, and the logits are cropped. It
-        costs what the padded slice costs, up to four times as much just beyond a multiple, and the padding takes
-        part in attention and pooling. Slices of ``img_size`` are padded by less than 32.
+        costs what the padded slice costs: a smaller slice as much as one of ``img_size``, one just above a multiple
+        up to four times its own. The padding takes part in attention and pooling. Slices of ``img_size`` are padded
+        by less than 32.
 
     Raises:
-        DataError: when pretrained weights cannot be had or do not fit, saying what was tried.
+        DataError: when pretrained weights cannot be had, saying what was tried, or do not fit, naming the tensors.
+        FileNotFoundError: when there is no file of them.
         ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size.
 
     Example:
@@ -108,6 +128,7 @@ class DANIE(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         size: str = "large",
         spatial_dims: int = 2,
         dropout: float = 0.0,
@@ -132,12 +153,12 @@ class DANIE(nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < 1:
             raise ValueError(f"img_size is a size in pixels or a pair of them, got {img_size!r}.")
-        windows = (32 * math.ceil(height / 32), 32 * math.ceil(width / 32))
+        tile = (32 * math.ceil(height / 32), 32 * math.ceil(width / 32))
         backbone, channels = SIZES[size]
         self.in_channels = in_channels
-        self.multiple = windows if self_attention else (32, 32)
+        self.tile = tile if self_attention else (32, 32)
         self.self_attention = (
-            SelfAttentionPerception(backbone, in_channels, windows, pretrained, drop_path) if self_attention else None
+            SelfAttentionPerception(backbone, in_channels, tile, pretrained, drop_path) if self_attention else None
         )
         self.hierarchical_attention = (
             HierarchicalAttentionPerception(in_channels, channels, attention, calibration)
@@ -150,14 +171,14 @@ class DANIE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "DANIE")
-        padded = pad_to_multiple(x, self.multiple)
+        padded = pad_to_multiple(x, self.tile)
         encoded: list[list[Tensor]] = []
         if self.self_attention is not None:
             encoded.append(self.self_attention(padded))
         if self.hierarchical_attention is not None:
             encoded.append(self.hierarchical_attention(padded))
         preserved = self.joint_preservation(encoded)
-        return self.heads(preserved, x, padded)  # eq. 12
+        return self.heads(preserved, like=x, padded=padded)  # eq. 12
 
 
 class SelfAttentionPerception(nn.Module):
@@ -175,6 +196,7 @@ class SelfAttentionPerception(nn.Module):
 
     Raises:
         DataError: when pretrained weights cannot be had or do not fit.
+        FileNotFoundError: when there is no file of them.
     """
 
     def __init__(
@@ -198,7 +220,7 @@ class SelfAttentionPerception(nn.Module):
                 img_size=img_size,
                 drop_path_rate=drop_path,
             )
-        except Exception as error:
+        except (OSError, RuntimeError) as error:
             if pretrained is not True:
                 raise
             hub, url = (timm.get_pretrained_cfg_value(backbone, key) for key in ("hf_hub_id", "url"))
@@ -216,14 +238,17 @@ class SelfAttentionPerception(nn.Module):
         if not torch.jit.is_scripting():
             if torch.compiler.is_exporting():
                 # The exporter stumbles over a fused attention whose weights record gradients (pytorch issue 141107).
-                self._use_plain_attention()
+                self._fuse_attention(False)
+                features = self.maxvit(x)
+                self._fuse_attention(True)
+                return features
         return self.maxvit(x)
 
     @torch.jit.unused
-    def _use_plain_attention(self) -> None:
+    def _fuse_attention(self, fused: bool) -> None:
         for module in self.maxvit.modules():
             if hasattr(module, "fused_attn"):
-                setattr(module, "fused_attn", False)
+                setattr(module, "fused_attn", fused)
 
 
 class HierarchicalAttentionPerception(nn.Module):
@@ -243,8 +268,8 @@ class HierarchicalAttentionPerception(nn.Module):
         self,
         in_channels: int,
         channels: Sequence[int],
-        attention: str = "channel-spatial",
-        calibration: bool = True,
+        attention: str,
+        calibration: bool,
     ) -> None:
         super().__init__()
         self.embedding = nn.Sequential(
@@ -282,23 +307,21 @@ class HierarchicalAttentionStage(nn.Module):
         ``B, in_channels, H, W`` to ``B, channels, H, W``, or half that size.
     """
 
-    def __init__(
-        self, in_channels: int, channels: int, downsample: bool, attention: str, calibration: bool = True
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, downsample: bool, attention: str, calibration: bool) -> None:
         super().__init__()
         self.downsample = (
             ConvNormAct(in_channels, channels, kernel_size=2, stride=2, act=nn.Identity)
             if downsample
             else nn.Identity()
         )
+        # A.3 and A.4 reach their printed cost only if these convolutions go with the attention.
         self.entry = nn.Identity() if attention == "w/o channel" else ConvNormAct(channels, channels, act=nn.GELU)
-        order = {"w/o channel": "spatial", "w/o spatial": "channel"}.get(attention, attention).split("-")
-        self.attention = HierarchicalAttention(channels, order, calibration)
+        self.attention = HierarchicalAttention(channels, ATTENTIONS[attention], calibration)
         self.exit = nn.Identity() if attention == "w/o spatial" else ConvBlock(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.entry(self.downsample(x))
-        return self.exit(self.attention(h) * h)
+        return self.exit(self.attention(h) * h)  # eq. 5
 
 
 class HierarchicalAttention(nn.Module):
@@ -307,7 +330,7 @@ class HierarchicalAttention(nn.Module):
     Args:
         channels: channels of the input.
         order: ``"channel"`` and ``"spatial"``, in the order they are applied.
-        calibration: whether eq. 4's weights learn.
+        calibration: whether eq. 4's weights learn; they start at 0.5.
 
     Shape:
         ``B, C, H, W`` to the map ``A_d``, ``B, 1, H, W``, in 0 to 1.
@@ -315,8 +338,9 @@ class HierarchicalAttention(nn.Module):
 
     def __init__(self, channels: int, order: Sequence[str] = ("channel", "spatial"), calibration: bool = True) -> None:
         super().__init__()
-        attentions = {"channel": ChannelAttention, "spatial": SpatialAttention}
-        self.attentions = nn.ModuleList(attentions[name](channels) for name in order)
+        self.attentions = nn.ModuleList(
+            ChannelAttention(channels) if name == "channel" else SpatialAttention() for name in order
+        )
         self.w_max = nn.Parameter(torch.tensor(0.5), requires_grad=calibration)
         self.w_avg = nn.Parameter(torch.tensor(0.5), requires_grad=calibration)
         self.compress = nn.Conv2d(channels, 1, 1)
@@ -359,7 +383,7 @@ class SpatialAttention(nn.Module):
         both branches' ``B, C, H, W``, to the same two, each pixel weighted.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.conv_max = nn.Conv2d(1, 1, 1)
         self.conv_avg = nn.Conv2d(1, 1, 1)
@@ -387,22 +411,21 @@ class JointPreservation(nn.Module):
         self, channels: Sequence[int], fusion: str = "joint", scaled_energies: bool = False, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        fusions = {
-            "joint": lambda c: Enhancement(c, es=True, eh=True, scaled_energies=scaled_energies),
-            "es": lambda c: Enhancement(c, es=True, eh=False, scaled_energies=scaled_energies),
-            "eh": lambda c: Enhancement(c, es=False, eh=True),
-            "add": lambda c: SumFusion(),
-            "concat": ConcatFusion,
-        }
-        self.fusion = nn.ModuleList(fusions[fusion](c) for c in channels)
+        self.fusion = ScaleFusion(self._fusion(fusion, c, scaled_energies) for c in channels)
         deepest_first = channels[::-1]
         below = (0, *deepest_first[:-1])
         self.blocks = nn.ModuleList(ConvBlock(b + c, c, dropout) for b, c in zip(below, deepest_first, strict=True))
 
+    @staticmethod
+    def _fusion(name: str, channels: int, scaled_energies: bool) -> nn.Module:
+        if name == "add":
+            return SumFusion()
+        if name == "concat":
+            return ConcatFusion(channels)
+        return Aggregation(channels, name in ("joint", "es"), name in ("joint", "eh"), scaled_energies)
+
     def forward(self, encoded: list[list[Tensor]]) -> list[Tensor]:
-        fused: list[Tensor] = []
-        for level, fusion in enumerate(self.fusion):
-            fused.append(fusion([features[level] for features in encoded]))  # eq. 6 to 10
+        fused = self.fusion(encoded)  # eq. 6 to 10
         j = fused[-1]
         preserved: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -412,7 +435,7 @@ class JointPreservation(nn.Module):
         return preserved
 
 
-class Enhancement(nn.Module):
+class Aggregation(nn.Module):
     """The streams' features enhanced and added, eq. 10, then a 3x3 convolution.
 
     Args:
@@ -438,8 +461,8 @@ class Enhancement(nn.Module):
 class EnhancingSelfAttention(nn.Module):
     """Enhancing self-attentional perceptron (ES), figure 4, eq. 6 and 7: each channel takes from all, after DANet.
 
-    Energies and softmax are computed in 32 bit (in 64 in TorchScript) under autocast too: half precision would
-    round energies of 1e5 by hundreds, or overflow.
+    The energies are computed in 32 bit under autocast too: half precision would round those of 1e5 by hundreds, or
+    overflow.
 
     Args:
         scaled: divide the energies by the square root of the number of pixels.
@@ -455,9 +478,9 @@ class EnhancingSelfAttention(nn.Module):
 
     def forward(self, s: Tensor) -> Tensor:
         flat = s.flatten(2)
-        energies = matmul_fp32(flat, flat.transpose(1, 2))
+        energies = _product_in_32_bit(flat, flat.transpose(1, 2))
         if self.scaled:
-            energies = energies / math.sqrt(flat.shape[2])
+            energies = energies / flat.shape[2] ** 0.5
         w = energies.softmax(2).to(s.dtype)  # eq. 6
         return self.scale * (w @ flat).reshape(s.shape) + s  # eq. 7
 
@@ -526,3 +549,14 @@ class ConvBlock(nn.Sequential):
             nn.Dropout(dropout),
             ConvNormAct(out_channels, out_channels, act=nn.GELU),
         )
+
+
+def _product_in_32_bit(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product ``*, N, K`` by ``*, K, M`` in 32 bit, inside autocast too."""
+    # TorchScript, scripted or traced, ignores an autocast context of its own; autocast leaves 64 bit alone.
+    if torch.jit.is_scripting():
+        return (a.double() @ b.double()).float()
+    if torch.jit.is_tracing():
+        return (a.double() @ b.double()).float()
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()

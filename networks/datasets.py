@@ -1,19 +1,45 @@
-"""Where the papers' datasets lie as they unpack, and which case is in which split."""
+"""Where the papers' datasets lie as they unpack, and which case is in which split.
+
+A layout is one way in which images and labels lie in folders, with its split; :func:`cases` reads any by name. A case
+is ``{"id", "image", "label"}``, and ``"label_values"`` where the files hold other numbers than the bundles' classes.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from .errors import DataError
+from monai.data import load_decathlon_datalist
 
-__all__ = ["ACDC_SPLIT", "acdc", "image_files"]
+from .errors import DataError, check_option
+
+__all__ = [
+    "ACDC_SPLIT",
+    "BTCV_ORGANS",
+    "BTCV_SPLIT",
+    "LAYOUTS",
+    "PAPERS",
+    "PICTURES",
+    "SPLITS",
+    "VOLUMES",
+    "cases",
+    "image_files",
+]
 
 logger = logging.getLogger(__name__)
 
-Case = dict[str, str]
+Case = dict[str, Any]
+Splits = dict[str, list[Case]]
+
+SPLITS = ("train", "validation", "test")
+VOLUMES = (".nii.gz", ".nii")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 
 ACDC_SPLIT = {
     "validation": (19, 21, 29, 33, 41, 50, 61, 71, 76, 80),
@@ -21,73 +47,76 @@ ACDC_SPLIT = {
 }
 """Patients of the split that both papers use (made by MT-UNet); the other 70 of 100 train."""
 
+BTCV_SPLIT = {
+    "validation": (10, 27, 37),
+    "test": (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38),
+}
+"""Cases of TransUNet's split, which both papers use; of the other 18 of 1 to 10 and 21 to 40, three validate here."""
 
-def acdc(dataset_dir: str | Path, split: str) -> list[Case]:
-    """Cases of the ACDC challenge's training set, in its official layout, by the papers' split of patients.
+BTCV_ORGANS = {8: 1, 4: 2, 3: 3, 2: 4, 6: 5, 11: 6, 1: 7, 7: 8}
+"""Raw BTCV labels of the papers' eight organs, in the order of their tables: aorta, gallbladder, left kidney, right
+kidney, liver, pancreas, spleen, stomach. The other five become background."""
 
-    Labels: 0 background, 1 right ventricle, 2 myocardium, 3 left ventricle. End-diastole and end-systole are two cases.
+BTCV_LABELS = {raw: BTCV_ORGANS.get(raw, 0) for raw in range(14)}
+MASK_LABELS = {0: 0, 255: 1}
+INSTANCE_LABELS = {0: 0, **{raw: 1 for raw in range(1, 256)}}
+
+
+def cases(layout: str, dataset_dir: str | Path, split: str) -> list[Case]:
+    """Cases of one split of a dataset.
 
     Args:
-        dataset_dir: the folder ``training`` of the download, or one above it, with
-            ``patientNNN/patientNNN_frameMM.nii.gz`` and ``..._gt.nii.gz``.
-        split: ``"train"`` (70 patients), ``"validation"`` (10) or ``"test"`` (20).
+        layout: one of :data:`LAYOUTS` or :data:`PAPERS`.
+        dataset_dir: the folder that the download unpacked to, or one above it; for ``"datalist"`` the JSON file.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
 
     Returns:
-        ``{"image": path, "label": path}`` per case, in the order of patients and frames. Patients of other splits may
-        be absent.
+        ``{"id": name, "image": path, "label": path}`` per case, sorted by name; ``"label_values"`` with them maps
+        the numbers in the label file to the bundle's classes.
 
     Raises:
-        ValueError: on an unknown ``split``.
-        DataError: when the folder holds no patient, none of the split, or an image without its label.
+        ValueError: on an unknown ``layout`` or ``split``.
+        DataError: when a folder is missing, an image has no label, a case is there twice or in two splits, or the
+            split holds no case; the message names the files and what was expected where.
     """
-    if split not in ("train", *ACDC_SPLIT):
-        raise ValueError(f"split is 'train', 'validation' or 'test', got {split!r}.")
+    check_option("layout", layout, (*LAYOUTS, *PAPERS))
+    check_option("split", split, SPLITS)
     root = Path(dataset_dir)
-    candidates = [root, root / "training", root / "database" / "training"]
-    folder = next((c for c in candidates if any(c.glob("patient[0-9][0-9][0-9]"))), None)
-    if folder is None:
-        raise DataError(
-            f"No ACDC patients in {root}: expected folders patient001 to patient100 there or in {root / 'training'}. "
-            "Set dataset_dir to where the ACDC training set was unpacked."
-        )
-    found = {int(p.name[7:]): p for p in sorted(folder.glob("patient[0-9][0-9][0-9]"))}
-    patients = {n: p for n, p in found.items() if 1 <= n <= 100}
-    members = {name: [patients[n] for n in numbers if n in patients] for name, numbers in ACDC_SPLIT.items()}
-    held_out = {n for numbers in ACDC_SPLIT.values() for n in numbers}
-    members["train"] = [p for n, p in patients.items() if n not in held_out]
-    if not members[split]:
-        present = ", ".join(f"{len(m)} {name}" for name, m in members.items())
-        raise DataError(f"No {split} patients of the papers' split in {folder}: it holds {present} patients.")
-    if not members["test"]:
-        logger.warning(f"{folder} holds none of the 20 test patients: going on without them.")
-    return [case for patient in members[split] for case in _acdc_patient(patient)]
+    if not root.exists():
+        raise DataError(f"{root} does not exist. Set dataset_dir to where the dataset was unpacked.")
+    base = layout.removesuffix("_papers")
+    splits = LAYOUTS[base](root)
+    seen: dict[str, Case] = {}
+    for name in SPLITS:
+        for case in splits.get(name, []):
+            if case["id"] in seen:
+                raise DataError(
+                    f"{case['id']} is there twice: {seen[case['id']]['image']} and {case['image']}. Remove one."
+                )
+            seen[case["id"]] = case
+    if layout in PAPERS and splits:
+        splits = {**splits, "train": splits["train"] + splits["validation"], "validation": splits["test"]}
+    if not splits.get(split):
+        present = ", ".join(f"{len(found)} {name}" for name, found in splits.items()) or "none"
+        raise DataError(f"No {split} cases in {root}: it holds {present}. {_EXPECTED[base]}")
+    if split == "train" and not splits.get("test"):
+        logger.warning(f"{root} holds no test cases: going on without them.")
+    for case in splits[split]:
+        if not Path(case["label"]).is_file():
+            raise DataError(f"{case['image']} has no label: expected {case['label']}.")
+    return sorted(splits[split], key=lambda case: _natural(case["id"]))
 
 
-def _acdc_patient(folder: Path) -> list[Case]:
-    images = sorted(
-        p for p in folder.glob(f"{folder.name}_frame[0-9][0-9].nii*") if p.name.endswith((".nii", ".nii.gz"))
-    )
-    if not images:
-        raise DataError(f"No images in {folder}: expected {folder.name}_frameMM.nii.gz, end-diastole and end-systole.")
-    cases = []
-    for image in images:
-        stem, suffix = image.name.split(".", 1)
-        label = image.with_name(f"{stem}_gt.{suffix}")
-        if not label.is_file():
-            raise DataError(f"{image} has no label: expected {label}.")
-        cases.append({"image": str(image), "label": str(label)})
-    return cases
-
-
-def image_files(folder: str | Path, ignore: Sequence[str] = ()) -> list[Case]:
-    """Every NIfTI image in a folder and its subfolders, for inference.
+def image_files(folder: str | Path, suffixes: Sequence[str] = VOLUMES, ignore: Sequence[str] = ()) -> list[Case]:
+    """Every image in a folder and its subfolders, for inference.
 
     Args:
         folder: where to look.
+        suffixes: endings of the files to take.
         ignore: patterns of file names to leave out, such as ``"*_gt.nii.gz"``.
 
     Returns:
-        ``{"image": path}`` per file, sorted.
+        ``{"id": name, "image": path}`` per file, sorted.
 
     Raises:
         DataError: when there is no such folder, or no image in it.
@@ -95,11 +124,205 @@ def image_files(folder: str | Path, ignore: Sequence[str] = ()) -> list[Case]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Set dataset_dir to the folder of the images to segment.")
-    files = sorted(
+    files = [
         p
         for p in folder.rglob("*")
-        if p.name.endswith((".nii", ".nii.gz")) and not any(fnmatch(p.name, pattern) for pattern in ignore)
-    )
+        if p.name.lower().endswith(tuple(suffixes)) and not any(fnmatch(p.name, pattern) for pattern in ignore)
+    ]
     if not files:
-        raise DataError(f"No images in {folder}: expected .nii or .nii.gz files there or in its subfolders.")
-    return [{"image": str(file)} for file in files]
+        raise DataError(f"No images in {folder}: expected {_either(suffixes)} files there or in its subfolders.")
+    return [{"id": _stem(file), "image": str(file)} for file in sorted(files)]
+
+
+def _acdc(root: Path) -> Splits:
+    folder = _first(root, ["", "training", "database/training"], "patient[0-9][0-9][0-9]")
+    if folder is None:
+        return {}
+    splits: Splits = {name: [] for name in SPLITS}
+    for patient in sorted(folder.glob("patient[0-9][0-9][0-9]")):
+        split = _split_of(int(patient.name[7:]), ACDC_SPLIT, range(1, 101))
+        images = _files(patient, VOLUMES, rf"{patient.name}_frame\d\d")
+        if not images:
+            raise DataError(
+                f"No images in {patient}: expected {patient.name}_frameMM.nii.gz, end-diastole and end-systole."
+            )
+        if split:
+            splits[split] += [_case(image, _beside(image, "_gt", VOLUMES)) for image in images]
+    return splits
+
+
+def _btcv(root: Path) -> Splits:
+    for images, labels in (("img", "label"), ("imagesTr", "labelsTr")):
+        places = [images, f"Training/{images}", f"RawData/Training/{images}"]
+        folder = _first(root, places, "img[0-9][0-9][0-9][0-9].nii*")
+        if folder:
+            break
+    else:
+        return {}
+    splits: Splits = {name: [] for name in SPLITS}
+    for image in _files(folder, VOLUMES, r"img\d{4}"):
+        number = _stem(image)[3:]
+        split = _split_of(int(number), BTCV_SPLIT, (*range(1, 11), *range(21, 41)))
+        if split:
+            label = _named(folder.parent / labels, f"label{number}", VOLUMES)
+            splits[split].append(_case(image, label, BTCV_LABELS))
+    return splits
+
+
+def _isic2017(root: Path) -> Splits:
+    parts = {"train": "Training", "validation": "Validation", "test": "Test_v2"}
+    folders = {s: (f"ISIC-2017_{p}_Data", f"ISIC-2017_{p}_Part1_GroundTruth") for s, p in parts.items()}
+    return _isic(root, folders)
+
+
+def _isic2018(root: Path) -> Splits:
+    parts = {"train": "Training", "validation": "Validation", "test": "Test"}
+    folders = {s: (f"ISIC2018_Task1-2_{p}_Input", f"ISIC2018_Task1_{p}_GroundTruth") for s, p in parts.items()}
+    return _isic(root, folders)
+
+
+def _isic2018_bcdunet(root: Path) -> Splits:
+    """BCDU-Net divides the 2,594 training images 1,815, 259, 520, by position: here in the order of their names."""
+    found = sorted(_isic2018(root).get("train", []), key=lambda case: case["id"])
+    first, second = int(0.7 * len(found)), int(0.7 * len(found)) + int(0.1 * len(found))
+    return {"train": found[:first], "validation": found[first:second], "test": found[second:]}
+
+
+def _isic(root: Path, folders: Mapping[str, tuple[str, str]]) -> Splits:
+    splits: Splits = {}
+    for split, (images, labels) in folders.items():
+        folder = next((p for p in (root / images, *root.glob(f"*/{images}")) if p.is_dir()), None)
+        if folder:
+            splits[split] = [
+                _case(image, _named(folder.parent / labels, f"{_stem(image)}_segmentation", (".png",)), MASK_LABELS)
+                for image in _files(folder, PICTURES, r"ISIC_\d+")
+            ]
+    return splits
+
+
+def _glas(root: Path) -> Splits:
+    folder = _first(root, ["", "*"], "train_1.*")
+    if folder is None:
+        return {}
+    splits: Splits = {name: [] for name in SPLITS}
+    for image in _files(folder, PICTURES, r"(train|testA|testB)_\d+"):
+        part, number = _stem(image).split("_")
+        split = "test" if part != "train" else "train" if int(number) % 5 else "validation"
+        splits[split].append(_case(image, _beside(image, "_anno", PICTURES), INSTANCE_LABELS))
+    return splits
+
+
+def _folder(root: Path) -> Splits:
+    """``images/`` and ``labels/`` with the same names; one in ten validates, two in ten test, drawn by name."""
+    images, labels = root / "images", root / "labels"
+    if not (images.is_dir() and labels.is_dir()):
+        return {}
+    suffixes = (*VOLUMES, *PICTURES)
+    found = [_case(image, _named(labels, _stem(image), suffixes)) for image in _files(images, suffixes, ".*")]
+    random.Random(0).shuffle(found)
+    validation, test = (max(1, round(share * len(found))) if len(found) > 2 else 0 for share in (0.1, 0.2))
+    return {
+        "validation": found[:validation],
+        "test": found[validation : validation + test],
+        "train": found[validation + test :],
+    }
+
+
+def _datalist(root: Path) -> Splits:
+    """MONAI's form of the Decathlon's ``dataset.json``, with lists ``training``, ``validation`` and ``test``."""
+    try:
+        keys = json.loads(root.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read {root} as a datalist: {error}. Set dataset_dir to the JSON file.") from error
+    splits: Splits = {}
+    for split, key in {"train": "training", "validation": "validation", "test": "test"}.items():
+        entries = keys.get(key, []) if isinstance(keys, dict) else []
+        if all(isinstance(entry, dict) and {"image", "label"} <= entry.keys() for entry in entries) and entries:
+            loaded = load_decathlon_datalist(str(root), True, key, root.parent)
+            splits[split] = [{"id": _stem(Path(e["image"])), "image": e["image"], "label": e["label"]} for e in loaded]
+    return splits
+
+
+LAYOUTS: dict[str, Callable[[Path], Splits]] = {
+    "acdc": _acdc,
+    "btcv": _btcv,
+    "isic2017": _isic2017,
+    "isic2018": _isic2018,
+    "isic2018_bcdunet": _isic2018_bcdunet,
+    "glas": _glas,
+    "folder": _folder,
+    "datalist": _datalist,
+}
+"""How datasets lie in folders, and their splits:
+
+- ``acdc``: 70, 10 and 20 patients (:data:`ACDC_SPLIT`), two cases each.
+- ``btcv``: 15, 3 and 12 cases (:data:`BTCV_SPLIT`).
+- ``isic2017``, ``isic2018``: the official three parts; ``isic2018_bcdunet``: 70, 10 and 20 % of the training part.
+- ``glas``: 68, 17 (each fifth) and 80 (test A and B).
+- ``folder``: your own ``images/`` and ``labels/``, 70, 10 and 20 %.
+- ``datalist``: your own JSON file in the form of the Medical Segmentation Decathlon's.
+
+Of datasets without validation cases of their own, ``btcv_papers`` and ``glas_papers`` do as the papers did: the
+validation cases train too, and the test cases choose the best epoch. Such a score is no measure of new cases.
+"""
+
+PAPERS = ("btcv_papers", "glas_papers")
+
+_EXPECTED = {
+    "acdc": "Expected training/patientNNN/patientNNN_frameMM.nii.gz, and _gt.nii.gz beside each, of the split's NNN.",
+    "btcv": "Expected RawData/Training/img/img0001.nii.gz and label/label0001.nii.gz, or imagesTr and labelsTr.",
+    "isic2017": "Expected ISIC-2017_Training_Data and ISIC-2017_Training_Part1_GroundTruth, and so for Validation "
+    "and Test_v2.",
+    "isic2018": "Expected ISIC2018_Task1-2_Training_Input and ISIC2018_Task1_Training_GroundTruth, and so for "
+    "Validation and Test.",
+    "glas": "Expected train_1.bmp and train_1_anno.bmp to train_85, testA_1 to 60, testB_1 to 20.",
+    "folder": "Expected images/NAME and labels/NAME of the same names, three cases or more.",
+    "datalist": "Expected lists 'training', 'validation' and 'test' of entries with 'image' and 'label'.",
+}
+_EXPECTED["isic2018_bcdunet"] = _EXPECTED["isic2018"]
+
+
+def _case(image: Path, label: Path, label_values: Mapping[int, int] | None = None) -> Case:
+    case: Case = {"id": _stem(image), "image": str(image), "label": str(label)}
+    return case if label_values is None else {**case, "label_values": dict(label_values)}
+
+
+def _split_of(number: int, split: Mapping[str, Sequence[int]], known: Iterable[int]) -> str | None:
+    """The split that lists a number; training has all other known ones."""
+    named = next((name for name, numbers in split.items() if number in numbers), None)
+    return named or ("train" if number in known else None)
+
+
+def _first(root: Path, places: Sequence[str], content: str) -> Path | None:
+    """The first of some folders that holds a file or folder of a pattern."""
+    folders = [folder for place in places for folder in (root.glob(place) if place else [root])]
+    return next((folder for folder in folders if any(folder.glob(content))), None)
+
+
+def _files(folder: Path, suffixes: Sequence[str], stem: str) -> list[Path]:
+    return sorted(
+        p for p in folder.iterdir() if p.name.lower().endswith(tuple(suffixes)) and re.fullmatch(stem, _stem(p))
+    )
+
+
+def _named(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
+    """The file of a name in a folder with any of some suffixes; with the first where there is none."""
+    candidates = [folder / f"{stem}{suffix}" for suffix in suffixes]
+    return next((c for c in candidates if c.is_file()), candidates[0])
+
+
+def _beside(image: Path, postfix: str, suffixes: Sequence[str]) -> Path:
+    return _named(image.parent, _stem(image) + postfix, (image.name[len(_stem(image)) :], *suffixes))
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name)
+
+
+def _natural(name: str) -> list[tuple[str, int]]:
+    """Sorting key that puts train_2 before train_10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _either(suffixes: Sequence[str]) -> str:
+    return " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)

@@ -139,6 +139,10 @@ class DilateBlock(nn.Module):
 class PatchEmbed(nn.Module):
     """Overlapping convolutional stem to 1/4: four 3x3 convolutions with strides 1, 2, 1, 2.
 
+    Args:
+        in_channels: channels of the input.
+        channels: channels of the output.
+
     Shape:
         ``B, in_channels, H, W`` to ``B, channels, ceil(H / 4), ceil(W / 4)``.
     """
@@ -160,6 +164,10 @@ class PatchEmbed(nn.Module):
 class Downsample(nn.Module):
     """3x3 convolution of stride 2 and batch normalisation, at the end of a stage.
 
+    Args:
+        in_channels: channels of this stage.
+        out_channels: channels of the next.
+
     Shape:
         ``B, in_channels, H, W`` to ``B, out_channels, ceil(H / 2), ceil(W / 2)``.
     """
@@ -174,6 +182,10 @@ class Downsample(nn.Module):
 
 class Stage(nn.Module):
     """Blocks of one resolution, then the way down to the next.
+
+    Args:
+        blocks: modules that keep the shape.
+        downsample: the way down; the last stage keeps its feature.
 
     Shape:
         ``B, C, H, W`` to the stage's feature ``B, C, H, W`` and the next stage's input.
@@ -233,9 +245,9 @@ class DilateFormer(nn.Module):
                 "path: pretrained='path/to/dilateformer_tiny.pth'."
             )
         if pretrained:
-            self.load_pretrained(pretrained)
+            self.load_pretrained(Path(pretrained))
 
-    def load_pretrained(self, path: str | bool | Path) -> None:
+    def load_pretrained(self, path: str | Path) -> None:
         """Load an official checkpoint; its classification ``norm`` and ``head`` are left out.
 
         Args:
@@ -245,7 +257,7 @@ class DilateFormer(nn.Module):
             FileNotFoundError: when there is no such file.
             DataError: when it is truncated, of other depths, or tensors are missing, unexpected or misshapen.
         """
-        state = read_weights(str(path))
+        state = read_weights(path)
         depths = _depths(state)
         if depths != self.depths:
             raise DataError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from types import TracebackType
 
-__all__ = ["DataError", "explain_errors"]
+__all__ = ["DataError", "check_option", "explain_errors"]
 
 
 class DataError(ValueError):
@@ -30,3 +31,18 @@ def explain_errors() -> None:
             print(f"\nError: {cause}", file=sys.stderr)
 
     sys.excepthook = hook
+
+
+def check_option(name: str, value: str, options: Collection[str]) -> None:
+    """Refuse a value that is none of an argument's options.
+
+    Args:
+        name: the argument.
+        value: what it was given.
+        options: what it takes.
+
+    Raises:
+        ValueError: naming all three.
+    """
+    if value not in options:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, options))}, got {value!r}.")

@@ -2,22 +2,30 @@
 
 Liu, Xu and Ho, 2024 (https://arxiv.org/abs/2411.10881). A global encoder (DilateFormer) and a local one (DMK) see the
 same slice; at each of four scales CAF weighs the two against each other, and the MixAtt decoder goes up through the
-fused features. The paper leaves a few points open; this is how they are read here:
+fused features. The paper leaves points open. Read from its text:
 
 - eq. 1: the depthwise convolutions take ``L_l`` (the printed index ``l-1`` is a slip), batch normalisation and ReLU
   follow the 3x3 and the 1x1 convolution (as printed the branch would be linear).
-- eq. 3: ``P_map`` is max pooling. A 1x1 convolution commutes with average pooling, so there it comes after it: equal,
-  and cheaper.
-- eq. 5: ``P_avg`` averages over channels, which its 1x1 convolutions to one map do.
-- eq. 10's 3x3 convolution halves the channels for the next block, which makes eq. 7 "reduce the channel dimension by
-  half"; the last block, which no block follows, keeps them. The deepest block has no block before it. Attention is
-  computed once and used in eq. 8 and eq. 10.
-- heads: 1x1 convolutions on the last three blocks. In training the loss takes their maps
-  (:class:`networks.SubsetSumLoss` forms the seven sums); in inference the sum of the three is the prediction.
+- eq. 3: ``P_map`` is max pooling.
+- eq. 5: ``P_avg``, an average over channels, is taken as the 1x1 convolutions to one map.
+- eq. 7 and 10: the 3x3 convolution of eq. 10 halves the channels for the next block, which makes eq. 7 "reduce the
+  channel dimension by half"; the last block, which no block follows, keeps them. The deepest block has none before it.
+- eq. 8 and 10: the same attention, computed once.
+
+And chosen, where the text is silent:
+
+- encoders: the tiny DilateFormer; a DMK stem of 36 channels at half size, then the DilateFormer's widths.
+- eq. 8: no position code, and no feed-forward network after the attention.
+- eq. 9: the paper prints the pooled sum alone. The draw of a size and a cell, the gate, and the average in evaluation
+  follow SvANet's text; see :class:`MonteCarloAttention`.
+- heads: 1x1 convolutions on the last three blocks, up-sampled bilinearly, as every up-sampling here. In training the
+  loss takes their maps (:class:`networks.SubsetSumLoss` forms the seven sums); in inference their sum is the
+  prediction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import MultiHeadSelfAttention
-from .blocks import ConvNormAct, Heads, SumFusion, check_input, check_option, check_spatial_dims, upsample
+from .blocks import ConvNormAct, Heads, ScaleFusion, SumFusion, check_input, check_spatial_dims, upsample
 from .dilateformer import DilateFormer
+from .errors import check_option
 
 __all__ = ["FIAS"]
 
@@ -38,12 +47,14 @@ class FIAS(nn.Module):
         in_channels: channels of the slice, 1 for MR and CT, 3 for RGB.
         out_channels: number of classes, background included.
         spatial_dims: 2, as MONAI's networks take it.
-        dropout: rate in the decoder's blocks, eq. 7.
-        pretrained: path of an official DilateFormer-tiny checkpoint, or False. See :class:`DilateFormer`.
-        drop_path: stochastic depth of the DilateFormer.
+        dropout: rate in the decoder's blocks, eq. 7. The paper gives none.
+        pretrained: path of an official DilateFormer-tiny checkpoint, or False; True raises an error that says where
+            to get one. A file fits one or three input channels. See :class:`DilateFormer`.
+        drop_path: stochastic depth of the DilateFormer. The paper gives none.
         local_encoder: False leaves the DMK encoder out (table 3, first row); CAF then weighs one input.
-        fusion: ``"caf"``, or ``"sum"`` of the two encoders' features (table 3, second row).
-        decoder: ``"mixatt"``, or ``"conv"`` for blocks of two plain convolutions (table 3, third row).
+        fusion: ``"caf"``, or ``"add"`` for the sum of the two encoders' features (table 3, second row).
+        decoder: ``"mixatt"``, or ``"conv"`` for blocks without the attention between their two convolutions (table 3,
+            third row).
         deep_supervision: in training return the three maps rather than their sum.
 
     Shape:
@@ -51,6 +62,8 @@ class FIAS(nn.Module):
         ``deep_supervision`` a list of three such maps, the finest first.
 
     Raises:
+        DataError: when pretrained weights do not fit, naming the tensors.
+        FileNotFoundError: when there is no file of them.
         ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size.
 
     Example:
@@ -63,6 +76,7 @@ class FIAS(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         spatial_dims: int = 2,
         dropout: float = 0.1,
         pretrained: bool | str | Path = False,
@@ -74,25 +88,23 @@ class FIAS(nn.Module):
     ) -> None:
         super().__init__()
         check_spatial_dims("FIAS", spatial_dims)
-        check_option("fusion", fusion, ("caf", "sum"))
+        check_option("fusion", fusion, ("caf", "add"))
         check_option("decoder", decoder, ("mixatt", "conv"))
         self.in_channels = in_channels
         channels = DilateFormer.channels
         inputs = 2 if local_encoder else 1
         self.global_encoder = DilateFormer(in_channels, pretrained, drop_path)
         self.local_encoder = DMKEncoder(in_channels, channels) if local_encoder else None
-        self.fusion = nn.ModuleList(ContextAwareFusion(c, inputs) if fusion == "caf" else SumFusion() for c in channels)
+        self.fusion = ScaleFusion(ContextAwareFusion(c, inputs) if fusion == "caf" else SumFusion() for c in channels)
         self.decoder = MixAttDecoder(channels, attention=decoder == "mixatt", dropout=dropout)
-        self.heads = Heads(self.decoder.out_channels[-3:][::-1], out_channels, deep_supervision)
+        self.heads = Heads(self.decoder.out_channels, out_channels, deep_supervision)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "FIAS")
         encoded = [self.global_encoder(x)]
         if self.local_encoder is not None:
             encoded.append(self.local_encoder(x))
-        fused: list[Tensor] = []
-        for level, fusion in enumerate(self.fusion):
-            fused.append(fusion([features[level] for features in encoded]))
+        fused = self.fusion(encoded)
         decoded = self.decoder(fused)
         return self.heads(decoded, like=x)
 
@@ -108,7 +120,7 @@ class DMKEncoder(nn.Module):
         ``B, in_channels, H, W`` to four maps at 1/4 to 1/32, odd sizes rounded up.
     """
 
-    def __init__(self, in_channels: int, channels: tuple[int, ...]) -> None:
+    def __init__(self, in_channels: int, channels: Sequence[int]) -> None:
         super().__init__()
         self.stem = ConvNormAct(in_channels, channels[0] // 2, stride=2)
         widths = (channels[0] // 2, *channels)
@@ -126,6 +138,10 @@ class DMKEncoder(nn.Module):
 class DMKBlock(nn.Module):
     """Depthwise multi-kernel convolution, eq. 1 and 2: a 3x3 of stride 2, depthwise 5x5 and 7x7, a 1x1 of the sum.
 
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+
     Shape:
         ``B, in_channels, H, W`` to ``B, out_channels, ceil(H / 2), ceil(W / 2)``.
     """
@@ -138,8 +154,8 @@ class DMKBlock(nn.Module):
         self.mix = ConvNormAct(out_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.local(x)
-        return self.mix(x + self.context5(x) + self.context7(x))
+        x = self.local(x)  # L_l
+        return self.mix(x + self.context5(x) + self.context7(x))  # eq. 1 and 2
 
 
 class ContextAwareFusion(nn.Module):
@@ -155,25 +171,25 @@ class ContextAwareFusion(nn.Module):
 
     def __init__(self, channels: int, inputs: int = 2) -> None:
         super().__init__()
-        both = inputs * channels
-        self.channel_avg = nn.Conv2d(both, both // 2, 1)
-        self.channel_max = nn.Conv2d(both, both // 2, 1)
-        self.channel = nn.Conv2d(both, both, 1)
-        self.reduce = nn.Conv2d(both, channels, 1)
+        stacked = inputs * channels
+        self.channel_avg = nn.Conv2d(stacked, stacked // 2, 1)
+        self.channel_max = nn.Conv2d(stacked, stacked // 2, 1)
+        self.channel = nn.Conv2d(stacked, stacked, 1)
+        self.reduce = nn.Conv2d(stacked, channels, 1)
         self.spatial_in = nn.ModuleList(nn.Conv2d(channels, 1, 1) for _ in range(inputs))
         self.spatial = nn.Conv2d(1, 1, 7, padding=3)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        both = torch.cat(features, 1)
-        average = self.channel_avg(F.adaptive_avg_pool2d(both, 1))
-        maximum = self.channel_max(both).amax([2, 3], keepdim=True)
-        w_channel = torch.sigmoid(self.channel(torch.cat([average, maximum], 1)))  # eq. 3
-        fused = self.reduce(w_channel * both)  # eq. 4
+        stacked = torch.cat(features, 1)
+        average = self.channel_avg(F.adaptive_avg_pool2d(stacked, 1))  # before the convolution: equal, and cheaper
+        maximum = self.channel_max(stacked).amax([2, 3], keepdim=True)
+        w_ch = torch.sigmoid(self.channel(torch.cat([average, maximum], 1)))  # eq. 3
+        fused = self.reduce(w_ch * stacked)  # eq. 4
         summary = torch.zeros_like(fused[:, :1])
         for i, conv in enumerate(self.spatial_in):
             summary = summary + conv(features[i])
-        w_spatial = torch.sigmoid(self.spatial(summary))  # eq. 5
-        return w_spatial * fused  # eq. 6
+        w_sp = torch.sigmoid(self.spatial(summary))  # eq. 5
+        return w_sp * fused  # eq. 6
 
 
 class MixAttDecoder(nn.Module):
@@ -190,26 +206,25 @@ class MixAttDecoder(nn.Module):
 
     num_heads = (8, 6, 4, 2)
 
-    def __init__(self, channels: tuple[int, ...], attention: bool = True, dropout: float = 0.1) -> None:
+    def __init__(self, channels: Sequence[int], attention: bool = True, dropout: float = 0.1) -> None:
         super().__init__()
         deepest_first = channels[::-1]
-        self.out_channels = [*(c // 2 for c in deepest_first[:-1]), deepest_first[-1]]
+        widths = [*(c // 2 for c in deepest_first[:-1]), deepest_first[-1]]
+        self.out_channels = widths[:0:-1]
         blocks = []
         for i, (c, heads) in enumerate(zip(deepest_first, self.num_heads, strict=True)):
-            below = self.out_channels[i - 1] if i else 0
-            blocks.append(MixAttBlock(below + c, c, self.out_channels[i], heads if attention else 0, dropout))
+            below = widths[i - 1] if i else 0
+            blocks.append(MixAttBlock(below + c, c, widths[i], heads if attention else None, dropout))
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        x = features[-1]
+    def forward(self, fused: list[Tensor]) -> list[Tensor]:
+        x = fused[-1]
         decoded: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            if i > 0:
-                skip = features[len(features) - 1 - i]
-                x = torch.cat([upsample(x, like=skip), skip], 1)
-            x = block(x)
-            decoded.append(x)
-        return [decoded[3], decoded[2], decoded[1]]
+            f = fused[len(fused) - 1 - i]
+            x = block(f if i == 0 else torch.cat([upsample(x, like=f), f], 1))
+            decoded.insert(0, x)
+        return decoded[:3]
 
 
 class MixAttBlock(nn.Module):
@@ -219,25 +234,32 @@ class MixAttBlock(nn.Module):
         in_channels: channels of the concatenated input.
         channels: channels of the attention.
         out_channels: channels of the output.
-        num_heads: heads of the self-attention, 0 for plain convolutions (table 3, third row).
+        num_heads: heads of the self-attention; None leaves the attention out (table 3, third row).
         dropout: rate after the first convolution.
 
     Shape:
         ``B, in_channels, H, W`` to ``B, out_channels, H, W``.
     """
 
-    def __init__(self, in_channels: int, channels: int, out_channels: int, num_heads: int, dropout: float) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, out_channels: int, num_heads: int | None, dropout: float
+    ) -> None:
         super().__init__()
         self.entry = nn.Sequential(ConvNormAct(in_channels, channels), nn.Dropout(dropout))
         self.attention = MixingAttention(channels, num_heads) if num_heads else nn.Identity()
         self.project = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.attention(self.entry(x)))
+        p1 = self.entry(x)  # eq. 7
+        return self.project(self.attention(p1))  # eq. 8 to 10
 
 
 class MixingAttention(nn.Module):
     """Self-attention and Monte Carlo attention mixed, eq. 8 to 10 without eq. 10's convolution.
+
+    Args:
+        channels: channels of input and output.
+        num_heads: heads of the self-attention.
 
     Shape:
         ``B, C, H, W`` to ``B, C, H, W``.
@@ -258,23 +280,25 @@ class MixingAttention(nn.Module):
 class MonteCarloAttention(nn.Module):
     """Monte Carlo attention, eq. 9, after SvANet (Dai, 2024): channel weights from a randomly pooled cell.
 
-    In training one of the pooled sizes 3 x 3, 2 x 2 and 1 x 1 is drawn per forward, and one cell of it, from torch's
-    random state; a squeeze-and-excitation gate turns it into weights. In evaluation the cell is the global average,
-    so the result is deterministic.
+    In training one of the pooled sizes 3 x 3, 2 x 2 and 1 x 1 is drawn per forward, and one cell of it, for the whole
+    batch, from torch's random state; a squeeze-and-excitation gate turns it into weights. In evaluation the cell is
+    the global average, so the result is deterministic. SvANet's code differs from its text: it shuffles the pixels
+    before pooling, and its gate keeps at least 32 channels.
 
     Args:
         channels: channels of the input.
-        ratio: reduction of the gate, which keeps at least 8 channels.
+        ratio: reduction of the gate.
 
     Shape:
         ``B, C, H, W`` to ``B, C, 1, 1`` in 0 to 1.
     """
 
     sizes = (3, 2, 1)
+    __constants__ = ["sizes"]  # for TorchScript
 
     def __init__(self, channels: int, ratio: int = 4) -> None:
         super().__init__()
-        squeezed = max(channels // ratio, 8)
+        squeezed = channels // ratio
         self.gate = nn.Sequential(
             nn.Conv2d(channels, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, channels, 1), nn.Sigmoid()
         )
@@ -286,14 +310,7 @@ class MonteCarloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            cells = torch.cat(
-                [
-                    F.adaptive_avg_pool2d(x, 3).flatten(2),
-                    F.adaptive_avg_pool2d(x, 2).flatten(2),
-                    F.adaptive_avg_pool2d(x, 1).flatten(2),
-                ],
-                2,
-            )
+            cells = torch.cat([F.adaptive_avg_pool2d(x, size).flatten(2) for size in self.sizes], 2)
             drawn = torch.multinomial(self.odds, 1)
             cell = cells.index_select(2, drawn).unsqueeze(3)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar as IgniteProgressBar
-from ignite.metrics import Frequency, RunningAverage
+from ignite.metrics import Average, Frequency, RunningAverage
 from monai.engines import Evaluator, Trainer
 from monai.handlers import from_engine
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["Checkpoints", "ProgressBar"]
+from .files import write_csv
+
+__all__ = ["Checkpoints", "History", "ProgressBar", "read_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,13 @@ class Checkpoints:
         if self.resume:
             trainer.add_event_handler(Events.STARTED, self.restore)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        trainer.add_event_handler(Events.COMPLETED, self.ensure)
+
+    def ensure(self, trainer: Trainer) -> None:
+        """Write ``model.pt`` at the end of a training that was too short to be validated, or had nothing to score."""
+        if trainer.state.rank == 0 and self.evaluator.state.best_metric_epoch < 1:
+            self._write("model.pt", self.network.state_dict())
+            logger.warning("no epoch was validated: model.pt holds the last one.")
 
     def save(self, trainer: Trainer) -> None:
         """Write ``last.pt``, and ``model.pt`` when this epoch's validation is the best."""
@@ -141,9 +151,58 @@ class ProgressBar:
             )
 
     def _is_due(self, trainer: Engine, iteration: int) -> bool:
-        return iteration % self.every == 0 or iteration % trainer.state.epoch_length == 0
+        return iteration % self.every == 0 or iteration % (trainer.state.epoch_length or 1) == 0
 
     def _note_score(self, trainer: Engine) -> None:
         state = self.evaluator.state
         if state.key_metric_name in state.metrics:
             trainer.state.metrics["dice"] = state.metrics[state.key_metric_name]
+
+
+class History:
+    """Handler of a trainer that keeps ``history.csv``: epoch, mean loss, validation score, learning rate.
+
+    Args:
+        output_dir: where to write. A resumed training goes on in the same file.
+        optimizer: the network's optimiser.
+        evaluator: the validation engine, whose key metric is the score.
+    """
+
+    columns = ("epoch", "loss", "score", "learning_rate")
+
+    def __init__(self, output_dir: str | Path, optimizer: Optimizer, evaluator: Evaluator) -> None:
+        self.path = Path(output_dir) / "history.csv"
+        self.optimizer = optimizer
+        self.evaluator = evaluator
+        self.rows: list[dict[str, str]] = []
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer, after its ``ValidationHandler`` and whatever resumes it."""
+        Average(output_transform=from_engine(["loss"], first=True)).attach(trainer, "mean_loss")
+        if trainer.state.rank == 0:
+            trainer.add_event_handler(Events.STARTED, self._take_up)
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note)
+
+    def _take_up(self, trainer: Trainer) -> None:
+        before = read_history(self.path) if trainer.state.epoch else []
+        self.rows = [row for row in before if int(row["epoch"]) <= trainer.state.epoch]
+
+    def _note(self, trainer: Trainer) -> None:
+        state = self.evaluator.state
+        validated = state.epoch == trainer.state.epoch and state.key_metric_name in state.metrics
+        row = {
+            "epoch": str(trainer.state.epoch),
+            "loss": f"{float(trainer.state.metrics['mean_loss']):.6f}",
+            "score": f"{state.metrics[state.key_metric_name]:.6f}" if validated else "",
+            "learning_rate": f"{self.optimizer.param_groups[0]['lr']:.3g}",
+        }
+        self.rows.append(row)
+        write_csv(self.path, self.columns, [[row[c] for c in self.columns] for row in self.rows])
+
+
+def read_history(path: Path) -> list[dict[str, str]]:
+    """Rows of a ``history.csv``; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -3,16 +3,15 @@
 NIfTI volume -> load and check -> orientation -> intensity -> in-plane resize -> slices along the last axis
 -> 2D network -> logits stacked to a volume -> inverse transforms -> label map with the input's exact shape and affine.
 
-MONAI does most of it (``SliceInferer``, ``Invertd``, ``SaveImaged``, the cache classes); here is what it lacks: volumes
-checked as they are loaded with errors that name the file, slicing across thick slices whichever way the volume is
-stored, a dataset of slices that takes volumes, and a writer that keeps the input's header.
+A picture, such as a photograph or a histology image, is a volume of one slice: it goes the same way.
+
+MONAI does most of it (``SliceInferer``, ``Invertd``, the cache classes); here is what it lacks: slicing across thick
+slices whichever way the volume is stored, and a dataset of slices that takes volumes.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,27 +20,22 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.config import KeysCollection, PathLike
-from monai.data import CacheDataset, MetaTensor, NibabelWriter, PersistentDataset
+from monai.config import KeysCollection
+from monai.data import CacheDataset, MetaTensor, PersistentDataset
 from monai.transforms import (
     Compose,
     InvertibleTransform,
-    LoadImaged,
     MapTransform,
     Orientation,
     Randomizable,
 )
-from monai.utils import TraceKeys, get_equivalent_dtype
+from monai.utils import TraceKeys
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
 
 __all__ = [
-    "CheckLabeld",
-    "LabelMapWriter",
-    "LoadVolumed",
     "SliceDataset",
     "SliceOrientationd",
     "SlicesFirstd",
@@ -63,111 +57,6 @@ def _data_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
-
-
-class LoadVolumed(LoadImaged):
-    """:class:`monai.transforms.LoadImaged` with the channel first, and a check that each file is one usable volume.
-
-    Args:
-        keys: keys of the file names.
-        channels: channels that each volume must have: 1 for CT and MR.
-        kwargs: further arguments of ``LoadImaged``, such as ``reader`` and ``dtype``.
-
-    Shape:
-        file names to ``MetaTensor`` of ``channels, X, Y, Z`` in the file's own axes; a fourth NIfTI dimension of
-        length ``channels`` becomes the channel.
-
-    Raises:
-        DataError: when a file is missing, unreadable or truncated, has another number of dimensions or channels, is
-            empty, or holds NaN or infinite values.
-    """
-
-    def __init__(self, keys: KeysCollection, channels: int = 1, **kwargs: Any) -> None:
-        super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
-        self.channels = channels
-
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self._load(d[key], reader)
-        return d
-
-    def _load(self, file: Any, reader: Any) -> MetaTensor:
-        try:
-            volume = self._loader(file, reader)
-        except Exception as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise DataError(f"Cannot read {file}: missing, truncated, or not an image file. ({text})") from error
-        shape = list(volume.shape)
-        if volume.ndim != 4 or shape[0] != self.channels:
-            raise DataError(
-                f"{file} has shape {shape[1:]} with {shape[0]} channel(s) or time points, expected one volume X, Y, Z "
-                f"of {self.channels} channel(s). Split time series and stacks into single volumes first."
-            )
-        if volume.numel() == 0:
-            raise DataError(f"{file} is empty: shape {shape[1:]}.")
-        if not bool(torch.isfinite(volume).all()):
-            raise DataError(f"{file} holds NaN or infinite voxels. Replace them, for example by the minimum.")
-        return volume
-
-
-class CheckLabeld(MapTransform):
-    """Refuse a label that does not belong to its image or holds other classes, before it can spoil a training.
-
-    Args:
-        keys: keys of the labels, loaded as ``1, X, Y, Z``.
-        num_classes: labels are whole numbers from 0 to ``num_classes - 1``.
-        image_key: key of the image, loaded; its grid must be the label's.
-
-    Raises:
-        DataError: when shape or position differs from the image's, or a value is fractional or out of range.
-    """
-
-    def __init__(self, keys: KeysCollection, num_classes: int, image_key: str = "image") -> None:
-        super().__init__(keys)
-        self.num_classes = num_classes
-        self.image_key = image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        image = d[self.image_key]
-        for key in self.key_iterator(d):
-            label = d[key]
-            file, image_file = _file_of(label), _file_of(image)
-            if label.shape[1:] != image.shape[1:]:
-                raise DataError(
-                    f"{file} has shape {list(label.shape[1:])}, its image {image_file} {list(image.shape[1:])}: "
-                    "the label must lie on the image's grid. Is it the label of another image?"
-                )
-            if not _same_grid(label, image):
-                raise DataError(
-                    f"{file} and its image {image_file} have the same shape at different positions: affines\n"
-                    f"{label.affine.numpy()}\n{image.affine.numpy()}\nResample the label onto the image first."
-                )
-            values = label.unique().tolist()
-            wrong = [v for v in values if v != int(v) or not 0 <= v < self.num_classes]
-            if wrong:
-                raise DataError(
-                    f"{file} holds the values {wrong[:5]}, expected whole numbers from 0 to {self.num_classes - 1}. "
-                    "Map its labels to the bundle's classes, or set num_classes."
-                )
-        return d
-
-
-def _file_of(volume: Any) -> str:
-    return str(volume.meta.get("filename_or_obj", "array"))
-
-
-def _same_grid(a: MetaTensor, b: MetaTensor) -> bool:
-    """Whether the corners of two grids of one shape lie within half a voxel of each other."""
-    corners = torch.tensor([[*map(int, np.unravel_index(i, (2, 2, 2))), 1] for i in range(8)], dtype=torch.float64)
-    corners[:, :3] *= torch.tensor(a.shape[1:]) - 1
-    affine_a, affine_b = a.affine.double(), b.affine.double()
-    distance = (corners @ (affine_a - affine_b).T)[:, :3].norm(dim=1).max()
-    return bool(distance <= affine_a[:3, :3].norm(dim=0).min() / 2)
 
 
 class SliceOrientationd(MapTransform, InvertibleTransform):
@@ -366,47 +255,3 @@ class SliceDataset(Dataset, Randomizable):
 
     def randomize(self, data: Any = None) -> None:
         """Nothing is drawn ahead of a visit."""
-
-
-class LabelMapWriter(NibabelWriter):
-    """:class:`monai.data.NibabelWriter` for a label map that lies on its input in every reader.
-
-    The input's NIfTI header is kept (sform, qform, spacing, units), whatever it says: ACDC's headers contradict
-    themselves, and readers differ in which part they believe. The map has the input's exact shape, a trailing
-    dimension of 1 included. It is written under a temporary name and renamed when whole. For an input of another
-    format, MONAI's affine is written.
-    """
-
-    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
-        super().set_metadata(meta_dict, resample, **options)
-        self.source = str((meta_dict or {}).get("filename_or_obj", ""))
-
-    def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
-        target = Path(filename)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
-        os.close(handle)
-        try:
-            source = nib.load(self.source) if self.source.endswith((".nii", ".nii.gz")) else None
-            if isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
-                dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
-                data = np.asarray(self.data_obj).astype(dtype).reshape(source.shape)
-                image = type(source)(data, None, source.header)
-                image.set_data_dtype(dtype)
-                image.header["cal_min"] = image.header["cal_max"] = 0
-                image.header.extensions.clear()
-                nib.save(image, name)
-            else:
-                super().write(name, verbose=verbose, **obj_kwargs)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
-
-
-def _umask() -> int:
-    """The process's file mode mask, which temporary files ignore."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.networks.utils import copy_model_state
 from torch import Tensor, nn
 
 from .errors import DataError
 
-__all__ = ["load_weights", "read_weights"]
+__all__ = ["load_matching", "load_weights", "read_weights"]
+
+logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
@@ -105,6 +109,31 @@ def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: 
             "Build the network with the arguments it was trained with (channels, classes, size)."
         )
     module.load_state_dict(state)
+
+
+def load_matching(network: nn.Module, path: str | Path) -> None:
+    """Start from a trained network whose heads or input may differ: take every tensor that fits, say which did not.
+
+    Args:
+        network: changed in place; under ``DistributedDataParallel`` the network inside.
+        path: weights of the same network trained on something else; an empty path does nothing.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        DataError: when it is unreadable, or no tensor of it fits.
+    """
+    if not str(path):
+        return
+    network = getattr(network, "module", network)
+    state = read_weights(path)
+    _, taken, left = copy_model_state(network, state)
+    if not taken:
+        raise DataError(f"No tensor in {path} fits this {type(network).__name__}: is it another network's?")
+    own = set(network.state_dict())
+    logger.info(f"start from {path}: {len(taken)} of {len(own)} tensors taken")
+    for what, names in (("new, as initialised", own - set(taken)), ("in the file, left out", set(state) - set(taken))):
+        if names:
+            logger.warning(f"{len(names)} tensors {what}: {', '.join(sorted(names))}")
 
 
 def load_backbone(module: nn.Module, state: StateDict, source: str, stem: str, leftover: Iterable[str]) -> None:

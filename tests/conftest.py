@@ -36,11 +36,17 @@ def run(*command: str, cwd: Path = ROOT, check: bool = True, threads: int = 2) -
 
 
 @pytest.fixture(scope="session")
-def acdc_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A phantom ACDC folder of 12 patients, 3 slices of 64 x 64 a volume."""
-    folder = tmp_path_factory.mktemp("phantoms") / "acdc"
-    run("bundles/phantoms.py", "acdc", str(folder), "--size", "64", "--slices", "3")
-    return folder
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``phantoms(dataset)``: a folder with that dataset's phantoms of 64 pixels, made at its first use."""
+    root = tmp_path_factory.mktemp("phantoms")
+
+    def phantoms(dataset: str) -> Path:
+        if not (root / dataset).exists():
+            slices = ["--slices", "3"] if dataset in ("acdc", "btcv") else []
+            run("bundles/phantoms.py", dataset, str(root / dataset), "--size", "64", *slices)
+        return root / dataset
+
+    return phantoms
 
 
 @pytest.fixture(scope="session")

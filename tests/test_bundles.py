@@ -1,7 +1,12 @@
-"""The bundles as users run them: through monai.bundle, on phantoms, on the CPU."""
+"""The bundles as users run them: through monai.bundle, on phantoms, on the CPU.
+
+Every bundle trains, evaluates and infers. What can go wrong is tried on one bundle of volumes and one of pictures:
+their configs are the same word for word but for named values, which a test here sees to.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -13,11 +18,15 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
+from PIL import Image
 from conftest import ROOT, run
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
-QUICK = {"image_size": 32, "num_workers": 0, "device": "cpu"}
+SAMPLES = ["fias_acdc", "danie_glas"]
+QUICK = {"image_size": 32, "num_workers": 0, "device": "cpu", "size": "small"}
 TRAIN = {**QUICK, "pretrained": False}
+
+samples = pytest.mark.parametrize("name", SAMPLES, indirect=True, scope="module")
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
@@ -31,44 +40,81 @@ def configs(name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(name, configs, acdc_phantoms, run_bundle, tmp_path_factory) -> Path:
+def data(name: str, phantoms) -> Path:
+    return phantoms(name.split("_")[1].replace("synapse", "btcv"))
+
+
+@pytest.fixture(scope="module")
+def pictures(name: str) -> bool:
+    return not name.endswith(("acdc", "synapse"))
+
+
+@pytest.fixture(scope="module")
+def trained(name, configs, data, run_bundle, tmp_path_factory) -> Path:
     """A bundle root after one epoch of training; its log in ``log.txt``."""
     root = tmp_path_factory.mktemp(name)
-    result = run_bundle(
-        "training", f"{configs}/train.json", bundle_root=root, dataset_dir=acdc_phantoms, epochs=1, **TRAIN
-    )
+    result = run_bundle("training", f"{configs}/train.json", bundle_root=root, dataset_dir=data, epochs=1, **TRAIN)
     (root / "log.txt").write_text(result.stdout)
     return root
 
 
-def test_training_leaves_best_and_last_checkpoint_and_tensorboard_events(trained):
+@pytest.fixture(scope="module")
+def one_case(data, pictures, tmp_path_factory) -> Path:
+    """A folder with one case's image and label."""
+    pattern = {True: "**/*_1*.bmp", False: "**/patient002_frame01*"}[pictures]
+    folder = tmp_path_factory.mktemp("one")
+    for file in data.glob(pattern):
+        if not pictures or file.stem.startswith("testA_1"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def test_training_leaves_checkpoints_history_and_events(trained):
     state = torch.load(trained / "models" / "model.pt", weights_only=True)
     assert all(isinstance(v, torch.Tensor) for v in state.values())  # flat: MONAI Label and CheckpointLoader read it
     last = torch.load(trained / "models" / "last.pt", weights_only=True)
     assert last["trainer"]["iteration"] == last["trainer"]["epoch_length"] > 0
     assert list((trained / "eval").glob("events.*"))
+    with (trained / "eval" / "history.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["epoch"] == "1" and 0 < float(row["loss"]) < 10 and row["learning_rate"] == "0.0001"
     log = (trained / "log.txt").read_text()
     assert re.search(r"loss=[\d.]+, dice=(nan|[\d.]+), slices/s=\d+", log)
-    assert re.search(r"16 volumes, 48 slices an epoch, .* MB in memory", log)
-    assert "best val_mean_dice" in log
+    assert re.search(r"\d+ volumes, \d+ slices an epoch, .* MB in memory", log)
 
 
-def test_resume_takes_up_epoch_optimiser_and_best_score(trained, configs, acdc_phantoms, run_bundle, tmp_path):
-    shutil.copytree(trained, tmp_path / "root")
-    last = tmp_path / "root" / "models" / "last.pt"
-    before = torch.load(last, weights_only=True)
-    before["best"]["best_metric"] = 2.0  # out of reach: a resumed run must not think its first epoch the best
-    torch.save(before, last)
-    model = (last.parent / "model.pt").read_bytes()
-    arguments = {"bundle_root": tmp_path / "root", "dataset_dir": acdc_phantoms, "resume": True, **TRAIN}
-    log = run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
-    after = torch.load(last, weights_only=True)
-    assert "resumed after epoch 1 of 2, best score 2.0000" in log
-    assert after["trainer"]["iteration"] == 2 * before["trainer"]["iteration"]
-    steps = [{int(s["step"]) for s in state["optimizer"]["state"].values()} for state in (before, after)]
-    assert steps[1] == {2 * s for s in steps[0]}
-    assert (last.parent / "model.pt").read_bytes() == model and after["best"]["best_metric"] == 2.0
-    assert "nothing to train" in run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
+def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run_bundle, pictures):
+    arguments = {"bundle_root": trained, "dataset_dir": data, **QUICK}
+    log = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
+    summary = (trained / "eval" / "summary.md").read_text()
+    assert summary.strip() in log and "| Dice, % |" in summary and "mean ± standard deviation" in summary
+    assert ("| HD95, mm |" in summary) != pictures
+    assert ("| Dice over all pixels, % |" in summary) == ("isic" in name)
+    labels = json.loads((configs / "metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    assert all(f" {label} |" in summary for label in list(labels["channel_def"].values())[1:])
+    with (trained / "eval" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first = {"acdc": "patient002_frame01", "synapse": "img0001", "glas": "testA_1"}
+    assert rows[0]["case"] == first.get(name.split("_")[1], "ISIC_0000016")
+    for picture in ("worst", "median", "best", "curves"):
+        assert Image.open(trained / "eval" / f"{picture}.png").size[1] >= 256
+
+
+def test_inference_writes_each_image_s_label_map_on_its_grid(trained, configs, data, run_bundle, tmp_path, pictures):
+    arguments = {"bundle_root": trained, "dataset_dir": data, "output_dir": tmp_path, "overlay": True, **QUICK}
+    run_bundle("inferring", f"{configs}/inference.json", **arguments)
+    maps = sorted(p for p in tmp_path.rglob("*_seg.*"))
+    assert maps and len(list(tmp_path.rglob("*_overlay.png"))) == len(maps)
+    for file in maps:
+        source = data / file.relative_to(tmp_path).parent / file.name.replace("_seg", "")
+        if pictures:
+            source = next(source.parent.glob(f"{source.stem}.*"))
+            label = Image.open(file)
+            assert label.size == Image.open(source).size and np.asarray(label).max() <= 1
+        else:
+            label, image = nib.load(file), nib.load(source)
+            assert label.shape == image.shape and label.get_data_dtype() == np.uint8
+            assert np.array_equal(label.affine, image.affine)
 
 
 def test_run_names_the_one_entry_of_each_config(configs):
@@ -77,72 +123,116 @@ def test_run_names_the_one_entry_of_each_config(configs):
         assert config["run"] == [f"$@{run_id}"] and len(config[run_id]) == 1
 
 
-def test_evaluation_leaves_table_and_pictures(trained, configs, acdc_phantoms, run_bundle):
-    arguments = {"bundle_root": trained, "dataset_dir": acdc_phantoms, **QUICK}
-    log = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
-    table = (trained / "eval" / "dice.md").read_text()
-    assert table.strip() in log and table.count("| patient00") == 4 and "| right ventricle | myocardium |" in table
-    for picture in ("worst", "median", "best"):
-        assert (trained / "eval" / f"{picture}.png").stat().st_size > 1000
-    rows = (trained / "eval" / "val_mean_dice_raw.csv").read_text().splitlines()
-    assert len(rows) == 5 and "patient002_frame01" in rows[1]
-    patched = f"['{configs}/train.json','{configs}/evaluate.json']"
-    assert table.strip() in run_bundle("run", patched, **arguments).stdout
+@samples
+def test_evaluation_over_the_training_config_gives_the_same(trained, configs, data, run_bundle):
+    arguments = {"bundle_root": trained, "dataset_dir": data, **TRAIN}
+    alone = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
+    table = (trained / "eval" / "summary.md").read_text().strip()
+    assert table in alone
+    assert table in run_bundle("run", f"['{configs}/train.json','{configs}/evaluate.json']", **arguments).stdout
+    papers = run_bundle("evaluating", f"{configs}/evaluate.json", convention="papers", **arguments).stdout
+    assert "The papers' convention: voxels" in papers
 
 
-def test_inference_writes_a_label_map_on_each_image_s_grid(trained, configs, acdc_phantoms, run_bundle, tmp_path):
-    patient = acdc_phantoms / "training" / "patient002"
-    run_bundle(
-        "inferring",
-        f"{configs}/inference.json",
-        bundle_root=trained,
-        dataset_dir=patient,
-        output_dir=tmp_path / "out",
-        **QUICK,
-    )
-    images = sorted(p for p in patient.glob("*.nii.gz") if "_gt" not in p.name)
-    assert len(list((tmp_path / "out").iterdir())) == len(images) == 2
-    for image in images:
-        label = nib.load(tmp_path / "out" / image.name.replace(".nii", "_seg.nii"))
-        assert label.shape == nib.load(image).shape and label.get_data_dtype() == np.uint8
-        assert np.array_equal(label.affine, nib.load(image).affine)
+@samples
+def test_resume_takes_up_epoch_optimiser_best_score_and_history(trained, configs, data, run_bundle, tmp_path):
+    shutil.copytree(trained, tmp_path / "root")
+    last = tmp_path / "root" / "models" / "last.pt"
+    before = torch.load(last, weights_only=True)
+    before["best"]["best_metric"] = 2.0  # out of reach: a resumed run must not think its first epoch the best
+    torch.save(before, last)
+    model = (last.parent / "model.pt").read_bytes()
+    arguments = {"bundle_root": tmp_path / "root", "dataset_dir": data, "resume": True, **TRAIN}
+    log = run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
+    after = torch.load(last, weights_only=True)
+    assert "resumed after epoch 1 of 2, best score 2.0000" in log
+    assert after["trainer"]["iteration"] == 2 * before["trainer"]["iteration"]
+    steps = [{int(s["step"]) for s in state["optimizer"]["state"].values()} for state in (before, after)]
+    assert steps[1] == {2 * s for s in steps[0]}
+    assert (last.parent / "model.pt").read_bytes() == model and after["best"]["best_metric"] == 2.0
+    history = (tmp_path / "root" / "eval" / "history.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in history] == ["epoch", "1", "2"]
+    assert history[1] == (trained / "eval" / "history.csv").read_text().splitlines()[1]
+    assert "nothing to train" in run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
 
 
-def test_runs_from_the_bundle_s_own_folder(trained, configs, acdc_phantoms, run_bundle, tmp_path):
+@samples
+def test_your_own_data_trains_by_overrides_from_another_checkpoint(trained, configs, data, run_bundle, tmp_path):
+    """A folder of images and labels with three classes, started from a checkpoint of the bundle's own."""
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    labels = sorted([*data.glob("**/patient*_gt.nii.gz"), *data.glob("*_anno.bmp")])[:6]
+    for i, label in enumerate(labels):
+        image = label.with_name(label.name.replace("_gt", "").replace("_anno", ""))
+        shutil.copy(image, tmp_path / "images" / f"case{i}{''.join(image.suffixes)}")
+        to = tmp_path / "labels" / f"case{i}{''.join(label.suffixes)}"
+        if label.suffix == ".gz":
+            volume = nib.load(label)
+            nib.save(nib.Nifti1Image(np.asarray(volume.dataobj).clip(0, 2), volume.affine), to)
+        else:
+            Image.fromarray(np.asarray(Image.open(label)).clip(0, 2)).save(to)
+    own = {"dataset_dir": tmp_path, "layout": "folder", "num_classes": 3, "bundle_root": tmp_path / "root"}
+    start = trained / "models" / "model.pt"
+    arguments = {**own, "start_from": start, "epochs": 1, **TRAIN}
+    log = run_bundle("training", f"{configs}/train.json", **arguments).stdout
+    total = len(torch.load(start, weights_only=True))
+    heads = [k for k in torch.load(start, weights_only=True) if k.startswith("heads.")]
+    assert f"start from {start}: {total - len(heads)} of {total} tensors taken" in log
+    assert f"{len(heads)} tensors in the file, left out: {', '.join(sorted(heads))}" in log
+    run_bundle("evaluating", f"{configs}/evaluate.json", **own, **QUICK)
+    assert "class 2" in (tmp_path / "root" / "eval" / "summary.md").read_text()
+    cases = [{"image": str(f), "label": f"labels/{f.name}"} for f in sorted((tmp_path / "images").iterdir())]
+    cases = [{**c, "image": f"images/{Path(c['image']).name}"} for c in cases]
+    datalist = tmp_path / "dataset.json"
+    datalist.write_text(json.dumps({"training": cases[:4], "validation": cases[4:5], "test": cases[5:]}))
+    listed = {**own, "dataset_dir": datalist, "layout": "datalist"}
+    run_bundle("evaluating", f"{configs}/evaluate.json", **listed, **QUICK)
+    assert "case5" in (tmp_path / "root" / "eval" / "cases.csv").read_text()
+
+
+@samples
+def test_runs_from_the_bundle_s_own_folder(trained, configs, one_case, run_bundle, tmp_path):
     root = tmp_path / "elsewhere"
     shutil.copytree(configs.parent, root, ignore=shutil.ignore_patterns("models", "eval"))
     shutil.copytree(trained / "models", root / "models")
-    folder = acdc_phantoms / "training" / "patient003"
-    run_bundle("inferring", "configs/inference.json", cwd=root, dataset_dir=folder, **QUICK)
-    assert len(list((root / "eval").glob("*_seg.nii.gz"))) == 2
+    run_bundle("inferring", "configs/inference.json", cwd=root, dataset_dir=one_case, **QUICK)
+    assert len(list((root / "eval").glob("*_seg.*"))) == 1
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_metrics_of_one(trained, configs, acdc_phantoms, run_bundle, tmp_path):
-    """torchrun with gloo: training ends in one model.pt, evaluation in the same mean Dice as one process."""
+@samples
+def test_two_processes_give_the_metrics_of_one(trained, configs, data, run_bundle, tmp_path):
+    """torchrun with gloo: training ends in one model.pt, evaluation in the same tables as one process."""
 
     def torchrun(run_id: str, *files: str, root: Path) -> str:
         config = str([f"{configs}/{file}.json" for file in files])
         launch = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run".split()
-        options = {"bundle_root": root, "dataset_dir": acdc_phantoms, "image_size": 32, "num_workers": 0, "epochs": 1}
-        options["pretrained"] = False
+        options = {**TRAIN, "bundle_root": root, "dataset_dir": data, "epochs": 1}
+        del options["device"]
         arguments = [f"--{key}={value}" for key, value in options.items()]
         return run(*launch, run_id, "--config_file", config, *arguments, threads=1).stdout
 
+    def rows() -> list[str]:
+        return sorted((trained / "eval" / "cases.csv").read_text().splitlines())
+
     torchrun("training", "train", "multi_gpu_train", root=tmp_path)
     assert (tmp_path / "models" / "model.pt").is_file()
-    log = torchrun("evaluating", "evaluate", "multi_gpu_evaluate", root=trained)
-    together = float(re.search(r"val_mean_dice: ([\d.]+)", log)[1])
-    arguments = {"bundle_root": trained, "dataset_dir": acdc_phantoms, **QUICK}
-    alone = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
-    assert together == pytest.approx(float(re.search(r"val_mean_dice: ([\d.]+)", alone)[1]), abs=1e-6)
+    torchrun("evaluating", "evaluate", "multi_gpu_evaluate", root=trained)
+    together = rows()
+    run_bundle("evaluating", f"{configs}/evaluate.json", bundle_root=trained, dataset_dir=data, **QUICK)
+    assert [row.split(",")[0] for row in together] == [row.split(",")[0] for row in rows()]
+    for a, b in zip(together, rows(), strict=True):
+        if not a.startswith("case"):
+            np.testing.assert_allclose(*([float(v) for v in r.split(",")[1:]] for r in (a, b)), rtol=1e-4)
 
 
-def test_wrong_data_ends_in_one_sentence_and_nothing_written(configs, acdc_phantoms, run_bundle, tmp_path):
+def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):
+    acdc = phantoms("acdc")
+
     def bad(change) -> Path:
         folder = tmp_path / "data"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(acdc_phantoms, folder)
+        shutil.copytree(acdc, folder)
         change(folder / "training" / "patient004")
         return folder
 
@@ -157,40 +247,63 @@ def test_wrong_data_ends_in_one_sentence_and_nothing_written(configs, acdc_phant
         return change
 
     wrong = {
-        "expected folders patient001": lambda p: shutil.rmtree(p.parent),
+        "Expected training/patientNNN": lambda p: shutil.rmtree(p.parent),
         "has no label": lambda p: first(p, "_gt").unlink(),
         "Cannot read .*patient004_frame01.nii.gz": lambda p: first(p).write_bytes(first(p).read_bytes()[:500]),
         "its image .* the label must lie on the image's grid": change_label(lambda a: a[:, :, :2]),
         r"values \[7.0\], expected whole numbers from 0 to 3": change_label(lambda a: np.where(a == 3, 7, a)),
     }
     for message, change in wrong.items():
-        result = run_bundle(
-            "training",
-            f"{configs}/train.json",
-            check=False,
-            bundle_root=tmp_path / "root",
-            dataset_dir=bad(change),
-            **TRAIN,
-        )
-        assert result.returncode == 1
-        error = result.stdout[result.stdout.rindex("\nError: ") :]
-        assert re.search(message, error, re.S) and "Traceback" not in error
-        print(error.strip())
-        assert not (tmp_path / "root" / "models").exists()
+        _fails(run_bundle, "fias_acdc", bad(change), tmp_path / "root", message)
 
 
-def test_wrong_weights_end_in_one_sentence(trained, configs, acdc_phantoms, run_bundle, tmp_path):
-    arguments = {"dataset_dir": acdc_phantoms, **QUICK}
+def test_wrong_pictures_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):
+    isic = phantoms("isic2018")
+
+    def bad(change) -> Path:
+        folder = tmp_path / "data"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(isic, folder)
+        change(folder / "ISIC2018_Task1-2_Training_Input" / "ISIC_0000001.jpg")
+        return folder
+
+    def mask(image: Path) -> Path:
+        return image.parents[1] / "ISIC2018_Task1_Training_GroundTruth" / f"{image.stem}_segmentation.png"
+
+    wrong = {
+        "has 1 channel.*expected 3: an RGB picture": lambda f: Image.open(f).convert("L").save(f),
+        "Cannot read .*ISIC_0000001.jpg": lambda f: f.write_bytes(f.read_bytes()[:300]),
+        "has no label: expected .*ISIC_0000001_segmentation.png": lambda f: mask(f).unlink(),
+        r"values \[7.0\], expected none but 0, 255": lambda f: Image.new("L", Image.open(f).size, 7).save(mask(f)),
+        "the label must lie on the image's grid": lambda f: Image.new("L", (8, 8)).save(mask(f)),
+        "is there twice": lambda f: shutil.copy(f, f.with_suffix(".png")),
+    }
+    for message, change in wrong.items():
+        _fails(run_bundle, "danie_isic2018", bad(change), tmp_path / "root", message)
+
+
+def _fails(run_bundle, name: str, data: Path, root: Path, message: str) -> None:
+    config = f"{ROOT}/bundles/{name}/configs/train.json"
+    result = run_bundle("training", config, check=False, bundle_root=root, dataset_dir=data, **TRAIN)
+    assert result.returncode == 1
+    error = result.stdout[result.stdout.rindex("\nError: ") :]
+    assert re.search(message, error, re.S) and "Traceback" not in error, error
+    assert not (root / "models").exists()
+
+
+@samples
+def test_wrong_weights_end_in_one_sentence(trained, configs, data, run_bundle, tmp_path):
+    arguments = {"dataset_dir": data, **QUICK}
     absent = run_bundle("evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=tmp_path, **arguments)
     assert absent.returncode == 1 and "Error: No weights at" in absent.stdout and "Train them" in absent.stdout
     other = run_bundle(
         "evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=trained / "models", num_classes=9, **arguments
     )
     assert other.returncode == 1
-    assert re.search(r"heads.convs.0.weight is \[4, .* in the file, \[9, .* in the network", other.stdout)
+    assert re.search(r"heads.convs.0.weight is \[\d, .* in the file, \[9, .* in the network", other.stdout)
 
 
-def test_all_properties_resolve(name, configs, acdc_phantoms):
+def test_all_properties_resolve(name, configs, data):
     for files, kind in {
         ("train",): "train",
         ("train", "evaluate"): "train",
@@ -201,7 +314,7 @@ def test_all_properties_resolve(name, configs, acdc_phantoms):
             [str(configs / f"{file}.json") for file in files],
             workflow_type=kind,
             logging_file=False,
-            dataset_dir=str(acdc_phantoms),
+            dataset_dir=str(data),
             **TRAIN,
         )
         workflow.parser["initialize"] = []
@@ -215,26 +328,28 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
         json.loads((configs / f"{f}.json").read_text()) for f in ("train", "evaluate", "inference")
     )
     assert train["validate"]["preprocessing_transforms"] == evaluate["preprocessing"]["transforms"]
-    for key in ("inferer", "key_metric"):
-        assert train["validate"][key] == evaluate[key]
-    without_label = [
-        {**t, "keys": "image"}
-        for t in evaluate["preprocessing"]["transforms"]
-        if not t["_target_"].endswith("CheckLabeld")
-    ]
+    assert train["validate"]["inferer"] == evaluate["inferer"]
+    without_label = [t for t in evaluate["preprocessing"]["transforms"] if isinstance(t, str) or t["keys"] != "label"]
     assert without_label == inference["preprocessing"]["transforms"]
     for key in ("inferer", "dataloader", "network_def", "network"):
         assert evaluate[key] == inference[key]
-    for key in train.keys() & evaluate.keys() - {"network_def", "initialize", "run", "num_workers", "imports"}:
-        assert train[key] == evaluate[key], key
+    for a, b in ((train, evaluate), (evaluate, inference)):
+        for key in a.keys() & b.keys() - {
+            *("network_def", "initialize", "run", "num_workers", "imports"),
+            *("preprocessing", "postprocessing", "dataset", "handlers", "evaluator"),
+        }:
+            assert a[key] == b[key], key
 
 
-def test_what_the_bundles_share_is_the_same_word_for_word(name, configs):
-    """Two bundles differ in named values at the top, the network, its optimiser and nothing else."""
-    own = "name size epochs batch_size dice_weight ce_weight dropout pretrained deep_supervision".split()
+def test_what_the_bundles_share_is_the_same_word_for_word(configs):
+    """Bundles differ in named values at the top, the intensity transform, the network and its optimiser alone."""
+    own = (
+        "name dataset_dir layout suffixes ignore output_ext metrics pooled_metrics size in_channels num_classes epochs "
+        "batch_size dice_weight ce_weight dropout zoom_range shift_range pretrained deep_supervision"
+    ).split()
 
     def shared(file: Path) -> str:
-        text = re.sub(r'    "network_def": \{.*?\n    \},\n', "", file.read_text(), flags=re.S)
+        text = re.sub(r'    "(network_def|intensity)": \{(\n.*?\n    \}|.*?\}),\n', "", file.read_text(), flags=re.S)
         text = re.sub(r'"torch\.optim\.\w+"', "", text)
         return re.sub(rf'    "({"|".join(own)})": .*\n', "", text)
 
@@ -252,7 +367,16 @@ def test_what_the_bundles_share_is_the_same_word_for_word(name, configs):
     assert list(meta) == list(other)
 
 
-def test_metadata_tells_what_the_network_gives(name, configs):
+def test_every_target_resolves(configs, data):
+    targets = set()
+    for file in configs.glob("*.json"):
+        targets |= set(re.findall(r'"_target_": "([\w.]+)"', file.read_text()))
+    assert len(targets) > 20
+    for target in targets:
+        assert ConfigParser({"x": {"_target_": target, "_mode_": "callable"}}).get_parsed_content("x") is not None
+
+
+def test_metadata_tells_what_the_network_gives(configs):
     meta = json.loads((configs / "metadata.json").read_text())
     assert meta["version"] in meta["changelog"]
     parser = ConfigParser(json.loads((configs / "inference.json").read_text()))
@@ -270,27 +394,31 @@ def bundle_command(command: str, configs: Path, *arguments: str) -> subprocess.C
     return run("-m", "monai.bundle", command, "network_def", *files, *arguments)
 
 
+@samples
 def test_verify_net_in_out_succeeds(configs):
     bundle_command("verify_net_in_out", configs, "--device", "cpu")
 
 
+@samples
 def test_ckpt_export_gives_the_same_network(trained, configs, tmp_path):
     weights = trained / "models" / "model.pt"
     file = tmp_path / "model.ts"
-    bundle_command("ckpt_export", configs, "--filepath", str(file), "--ckpt_file", str(weights))
-    network = (
-        ConfigParser(json.loads((configs / "inference.json").read_text())).get_parsed_content("network_def").eval()
-    )
+    options = ["--filepath", str(file), "--ckpt_file", str(weights), "--size", "small"]
+    bundle_command("ckpt_export", configs, *options)
+    parser = ConfigParser(json.loads((configs / "inference.json").read_text()))
+    parser["size"] = "small"
+    network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
-    x = torch.rand(2, 1, 64, 64)
+    x = torch.rand(2, network.in_channels, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(file)(x), network(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
+@samples
 def test_onnx_export_succeeds(trained, configs, tmp_path):
     weights, file = trained / "models" / "model.pt", tmp_path / "model.onnx"
-    bundle_command(
-        "onnx_export", configs, "--filepath", str(file), "--ckpt_file", str(weights), "--input_shape", "[1,1,64,64]"
-    )
+    channels = json.loads((configs / "inference.json").read_text())["in_channels"]
+    options = ["--filepath", str(file), "--ckpt_file", str(weights), "--input_shape", f"[1,{channels},64,64]"]
+    bundle_command("onnx_export", configs, *options, "--size", "small")
     assert file.stat().st_size > 1000

@@ -100,6 +100,9 @@ def test_es_equals_danet_s_channel_attention(scaled):
     torch.testing.assert_close(es(s), expected.reshape(s.shape), atol=1e-5, rtol=1e-4)
     es(s).sum().backward()
     assert es.scale.grad.abs() > 0
+    larger = torch.randn(1, 8, 9, 11)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(es, s)(larger), es(larger), atol=1e-5, rtol=1e-4)
 
 
 def test_es_keeps_its_energies_exact_under_autocast():
@@ -136,8 +139,8 @@ def test_joint_preservation_equals_equations_10_and_11():
     jp = JointPreservation(channels, "joint").double().eval()
     s = [torch.randn(2, 16, 8, 8).double(), torch.randn(2, 32, 4, 4).double()]
     h = [torch.randn_like(t) for t in s]
-    nn.init.ones_(jp.fusion[0].es.scale)
-    e = [f.conv(f.es(a) + f.eh(b)) for f, a, b in zip(jp.fusion, s, h, strict=True)]
+    nn.init.ones_(jp.fusion.scales[0].es.scale)
+    e = [f.conv(f.es(a) + f.eh(b)) for f, a, b in zip(jp.fusion.scales, s, h, strict=True)]
     j2 = jp.blocks[0](e[1])
     up = F.interpolate(j2, scale_factor=2, mode="bilinear")
     j1 = jp.blocks[1](torch.cat([e[0], up], 1))
@@ -148,7 +151,7 @@ def test_joint_preservation_equals_equations_10_and_11():
 
 def test_fusions_of_table_7_differ_by_what_they_leave_out():
     def fusion(name: str) -> nn.Module:
-        return JointPreservation((16, 32, 64, 128), name).fusion[0]
+        return JointPreservation((16, 32, 64, 128), name).fusion.scales[0]
 
     s, h = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
     torch.testing.assert_close(fusion("add")([s, h]), s + h)
@@ -160,7 +163,7 @@ def test_fusions_of_table_7_differ_by_what_they_leave_out():
 
 def test_stages_keep_or_leave_convolutions_as_the_attention_says():
     def convolutions(attention: str) -> int:
-        stage = HierarchicalAttentionPerception(1, (16, 32, 64, 128), attention).stages[1]
+        stage = HierarchicalAttentionPerception(1, (16, 32, 64, 128), attention, True).stages[1]
         return sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in stage.modules())
 
     assert {a: convolutions(a) for a in ("channel-spatial", "channel", "spatial", "w/o spatial", "w/o channel")} == {

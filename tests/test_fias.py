@@ -12,9 +12,9 @@ from networks.fias import ContextAwareFusion, MixingAttention, MonteCarloAttenti
 
 
 def test_ablations_run_together_and_unknown_ones_are_refused():
-    net = FIAS(1, 2, local_encoder=False, fusion="sum", decoder="conv").eval()
+    net = FIAS(1, 2, local_encoder=False, fusion="add", decoder="conv").eval()
     assert net(torch.zeros(1, 1, 40, 40)).shape == (1, 2, 40, 40)
-    with pytest.raises(ValueError, match="fusion is one of 'caf', 'sum', got 'cat'"):
+    with pytest.raises(ValueError, match="fusion is one of 'caf', 'add', got 'cat'"):
         FIAS(1, 2, fusion="cat")
     with pytest.raises(ValueError, match="decoder is one of 'mixatt', 'conv', got 'unet'"):
         FIAS(1, 2, decoder="unet")

@@ -30,7 +30,7 @@ SIZES = [(32, 32), (33, 47), (100, 75), (250, 199), (224, 224)]
 COST = {
     "FIAS": (FIAS, {}, 32.54, 9.94),
     "FIAS without DMK": (FIAS, {"local_encoder": False}, 26.94, 9.21),
-    "FIAS sum fusion": (FIAS, {"fusion": "sum"}, 28.12, 9.60),
+    "FIAS sum fusion": (FIAS, {"fusion": "add"}, 28.12, 9.60),
     "FIAS without MixAtt": (FIAS, {"decoder": "conv"}, 30.54, 6.84),
     "DANIE-S": (DANIE, {"size": "small"}, 50.02, 13.29),
     "DANIE-L": (DANIE, {}, 112.11, 26.55),

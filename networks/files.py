@@ -1,0 +1,251 @@
+"""Image files in, label maps out: volumes and pictures checked as they are loaded, results on the input's own grid."""
+
+from __future__ import annotations
+
+import csv
+import os
+import tempfile
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection, PathLike
+from monai.data import MetaTensor, NibabelWriter
+from monai.transforms import LoadImaged, MapTransform
+from monai.utils import get_equivalent_dtype
+
+from .datasets import PICTURES, VOLUMES
+from .errors import DataError
+from .pictures import label_picture
+
+__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "whole_file", "write_csv"]
+
+
+class LoadVolumed(LoadImaged):
+    """:class:`monai.transforms.LoadImaged` with the channel first, and a check that each file is one usable volume.
+
+    A picture (JPEG, PNG, BMP) is loaded as a volume of one slice.
+
+    Args:
+        keys: keys of the file names.
+        channels: channels that each image must have: 1 for CT and MR, 3 for RGB.
+        suffixes: endings of the files to take.
+        kwargs: further arguments of ``LoadImaged``, such as ``reader`` and ``dtype``.
+
+    Shape:
+        file names to ``MetaTensor`` of ``channels, X, Y, Z`` in the file's own axes; a fourth NIfTI dimension of
+        length ``channels`` becomes the channel. Of a picture, X goes to the right, Y down, and Z is 1.
+
+    Raises:
+        DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
+            or channels, is empty, or holds NaN or infinite values.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, channels: int = 1, suffixes: Sequence[str] = VOLUMES, **kwargs: Any
+    ) -> None:
+        super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
+        self.channels = channels
+        self.suffixes = tuple(suffixes)
+
+    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self._load(d[key], reader)
+        return d
+
+    def _load(self, file: Any, reader: Any) -> MetaTensor:
+        if not str(file).lower().endswith(self.suffixes):
+            raise DataError(f"{file} is none of the files that this bundle reads: {', '.join(self.suffixes)}.")
+        try:
+            volume = self._loader(file, reader)
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+            raise DataError(f"Cannot read {file}: missing, truncated, or not an image file. ({text})") from error
+        if str(file).lower().endswith(PICTURES):
+            if volume.ndim != 3 or volume.shape[0] != self.channels:
+                raise DataError(
+                    f"{file} has {volume.shape[0]} channel(s), expected {self.channels}: "
+                    f"{'an RGB picture' if self.channels == 3 else 'one gray value per pixel'}. Convert it first."
+                )
+            volume = volume[..., None]
+            volume.spatial_ndim = 3  # else the inverse of Resize takes the axis away again
+        shape = list(volume.shape)
+        if volume.ndim != 4 or shape[0] != self.channels:
+            raise DataError(
+                f"{file} has shape {shape[1:]} with {shape[0]} channel(s) or time points, expected one volume X, Y, Z "
+                f"of {self.channels} channel(s). Split time series and stacks into single volumes first."
+            )
+        if volume.numel() == 0:
+            raise DataError(f"{file} is empty: shape {shape[1:]}.")
+        if not bool(torch.isfinite(volume).all()):
+            raise DataError(f"{file} holds NaN or infinite voxels. Replace them, for example by the minimum.")
+        return volume
+
+
+class MapLabelsd(MapTransform):
+    """Turn the numbers of a label file into the bundle's classes where the case says how, by its ``"label_values"``.
+
+    :func:`networks.datasets.cases` says so for the official datasets. Labels of other cases stay as they are.
+
+    Args:
+        keys: keys of the labels, loaded.
+
+    Raises:
+        DataError: when a label holds a number that the case does not name.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        values = d.pop("label_values", None)
+        for key in self.key_iterator(d) if values else ():
+            label = d[key]
+            found = label.unique().tolist()
+            unknown = [v for v in found if v not in values]
+            if unknown:
+                raise DataError(
+                    f"{_file_of(label)} holds the values {unknown[:5]}, expected none but {_ranges(values)}. "
+                    "Is it a label of this dataset?"
+                )
+            mapped = torch.zeros_like(label)
+            for value in found:
+                mapped[label == value] = values[value]
+            d[key] = mapped
+        return d
+
+
+def _ranges(values: Mapping[int, int]) -> str:
+    named = sorted(values)
+    return f"{named[0]} to {named[-1]}" if len(named) == named[-1] - named[0] + 1 else ", ".join(map(str, named))
+
+
+class CheckLabeld(MapTransform):
+    """Refuse a label that does not belong to its image or holds other classes, before it can spoil a training.
+
+    Args:
+        keys: keys of the labels, loaded as ``1, X, Y, Z``.
+        num_classes: labels are whole numbers from 0 to ``num_classes - 1``.
+        image_key: key of the image, loaded; its grid must be the label's.
+
+    Raises:
+        DataError: when shape or position differs from the image's, or a value is fractional or out of range.
+    """
+
+    def __init__(self, keys: KeysCollection, num_classes: int, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.num_classes = num_classes
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        image = d[self.image_key]
+        for key in self.key_iterator(d):
+            label = d[key]
+            file, image_file = _file_of(label), _file_of(image)
+            if label.shape[1:] != image.shape[1:]:
+                raise DataError(
+                    f"{file} has shape {list(label.shape[1:])}, its image {image_file} {list(image.shape[1:])}: "
+                    "the label must lie on the image's grid. Is it the label of another image?"
+                )
+            if not _same_grid(label, image):
+                raise DataError(
+                    f"{file} and its image {image_file} have the same shape at different positions: affines\n"
+                    f"{label.affine.numpy()}\n{image.affine.numpy()}\nResample the label onto the image first."
+                )
+            values = label.unique().tolist()
+            wrong = [v for v in values if v != int(v) or not 0 <= v < self.num_classes]
+            if wrong:
+                raise DataError(
+                    f"{file} holds the values {wrong[:5]}, expected whole numbers from 0 to {self.num_classes - 1}. "
+                    "Map its labels to the bundle's classes, or set num_classes."
+                )
+        return d
+
+
+def _file_of(volume: Any) -> str:
+    return str(volume.meta.get("filename_or_obj", "array"))
+
+
+def _same_grid(a: MetaTensor, b: MetaTensor) -> bool:
+    """Whether the corners of two grids of one shape lie within half a voxel of each other."""
+    corners = torch.tensor([[*map(int, np.unravel_index(i, (2, 2, 2))), 1] for i in range(8)], dtype=torch.float64)
+    corners[:, :3] *= torch.tensor(a.shape[1:]) - 1
+    affine_a, affine_b = a.affine.double(), b.affine.double()
+    distance = (corners @ (affine_a - affine_b).T)[:, :3].norm(dim=1).max()
+    return bool(distance <= affine_a[:3, :3].norm(dim=0).min() / 2)
+
+
+class LabelMapWriter(NibabelWriter):
+    """:class:`monai.data.NibabelWriter` for a label map that lies on its input in every reader.
+
+    The input's NIfTI header is kept (sform, qform, spacing, units), whatever it says: ACDC's headers contradict
+    themselves, and readers differ in which part they believe. The map has the input's exact shape, a trailing
+    dimension of 1 included. Of a picture, the map is a PNG whose pixel values are the classes, shown in
+    :data:`networks.pictures.COLOURS`. It is written under a temporary name and renamed when whole. For an input of
+    another format, MONAI's affine is written.
+    """
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
+        self.source = str((meta_dict or {}).get("filename_or_obj", ""))
+        if not self.source.lower().endswith(PICTURES):  # a picture has no position that could ask for resampling
+            super().set_metadata(meta_dict, resample, **options)
+
+    def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
+        target = Path(filename)
+        with whole_file(target) as name:
+            if target.suffix == ".png":
+                label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T).save(name)
+                return
+            source = nib.load(self.source) if self.source.endswith(VOLUMES) else None
+            if isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
+                dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
+                data = np.asarray(self.data_obj).astype(dtype).reshape(source.shape)
+                image = type(source)(data, None, source.header)
+                image.set_data_dtype(dtype)
+                image.header["cal_min"] = image.header["cal_max"] = 0
+                image.header.extensions.clear()
+                nib.save(image, name)
+            else:
+                super().write(name, verbose=verbose, **obj_kwargs)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[str]:
+    """A temporary name beside ``target``, renamed to it at the end: the file is there whole or not at all.
+
+    Args:
+        target: its folder is made.
+
+    Yields:
+        The name to write to.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
+    os.close(handle)
+    try:
+        yield name
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table with a line of column names, whole or not at all."""
+    with whole_file(path) as name, open(name, "w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def _umask() -> int:
+    """The process's file mode mask, which temporary files ignore."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
