@@ -2,71 +2,207 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from networks import DataError
-from networks.datasets import ACDC_SPLIT, acdc, image_files
+from networks.datasets import ACDC_SPLIT, BTCV_ORGANS, BTCV_SPLIT, LAYOUTS, SPLITS, cases, image_files
 
 
-def patient(folder: Path, number: int, label: bool = True) -> Path:
-    patient = folder / f"patient{number:03d}"
-    patient.mkdir(parents=True)
-    for frame in ("frame01", "frame12"):
-        (patient / f"{patient.name}_{frame}.nii.gz").touch()
-        if label:
-            (patient / f"{patient.name}_{frame}_gt.nii.gz").touch()
-    (patient / f"{patient.name}_4d.nii.gz").touch()
-    (patient / "Info.cfg").touch()
-    return patient
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
 
 
-def test_all_hundred_patients_fall_into_the_papers_split(tmp_path):
-    for number in range(1, 101):
-        patient(tmp_path / "training", number)
-    cases = {split: acdc(tmp_path, split) for split in ("train", "validation", "test")}
-    assert {split: len(c) for split, c in cases.items()} == {"train": 140, "validation": 20, "test": 40}
-    images = [case["image"] for c in cases.values() for case in c]
-    assert len(set(images)) == 200
-    assert all("patient0" in c["image"] or "patient100" in c["image"] for c in cases["train"])
-    numbers = {int(Path(c["image"]).name[7:10]) for c in cases["validation"]}
-    assert numbers == set(ACDC_SPLIT["validation"])
-    assert acdc(tmp_path / "training", "test") == cases["test"]
+def acdc(root: Path) -> None:
+    for n in range(1, 101):
+        folder = root / "training" / f"patient{n:03d}"
+        for frame in ("frame01", "frame12"):
+            touch(folder / f"{folder.name}_{frame}.nii.gz", folder / f"{folder.name}_{frame}_gt.nii.gz")
+        touch(folder / f"{folder.name}_4d.nii.gz", folder / "Info.cfg")
 
 
-def test_absent_test_patients_are_said_and_training_goes_on(tmp_path, caplog):
-    patient(tmp_path, 1)
-    patient(tmp_path, 19)
+def btcv(root: Path) -> None:
+    for n in (*range(1, 11), *range(21, 41)):
+        folder = root / "RawData" / "Training"
+        touch(folder / "img" / f"img{n:04d}.nii.gz", folder / "label" / f"label{n:04d}.nii.gz")
+
+
+def isic2017(root: Path) -> None:
+    first = 0
+    for part, count in (("Training", 2000), ("Validation", 150), ("Test_v2", 600)):
+        for n in range(first, first + count):
+            images, masks = root / f"ISIC-2017_{part}_Data", root / f"ISIC-2017_{part}_Part1_GroundTruth"
+            touch(images / f"ISIC_{n:07d}.jpg", images / f"ISIC_{n:07d}_superpixels.png")
+            touch(masks / f"ISIC_{n:07d}_segmentation.png")
+        first += count
+
+
+def isic2018(root: Path, parts: dict[str, int] | None = None) -> None:
+    first = 0
+    for part, count in (parts or {"Training": 2594, "Validation": 100, "Test": 1000}).items():
+        images, masks = root / f"ISIC2018_Task1-2_{part}_Input", root / f"ISIC2018_Task1_{part}_GroundTruth"
+        touch(images / "ATTRIBUTION.txt")
+        for n in range(first, first + count):
+            touch(images / f"ISIC_{n:07d}.jpg", masks / f"ISIC_{n:07d}_segmentation.png")
+        first += count
+
+
+def glas(root: Path) -> None:
+    folder = root / "Warwick QU Dataset (Released 2016_07_08)"
+    touch(folder / "Grade.csv")
+    for part, count in (("train", 85), ("testA", 60), ("testB", 20)):
+        for n in range(1, count + 1):
+            touch(folder / f"{part}_{n}.bmp", folder / f"{part}_{n}_anno.bmp")
+
+
+COUNTS = {
+    "acdc": (acdc, 140, 20, 40),
+    "btcv": (btcv, 15, 3, 12),
+    "btcv_papers": (btcv, 18, 12, 12),
+    "isic2017": (isic2017, 2000, 150, 600),
+    "isic2018": (isic2018, 2594, 100, 1000),
+    "isic2018_bcdunet": (isic2018, 1815, 259, 520),
+    "glas": (glas, 68, 17, 80),
+    "glas_papers": (glas, 85, 80, 80),
+}
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Callable[[str], Path]:
+    """An official download as it unpacks, of empty files."""
+    root = tmp_path_factory.mktemp("official")
+
+    def unpacked(layout: str) -> Path:
+        make = COUNTS[layout][0]
+        if not (root / make.__name__).exists():
+            make(root / make.__name__)
+        return root / make.__name__
+
+    return unpacked
+
+
+@pytest.mark.parametrize("layout", COUNTS)
+def test_official_downloads_fall_into_their_splits(layout, unpacked):
+    found = {split: cases(layout, unpacked(layout), split) for split in SPLITS}
+    assert tuple(len(c) for c in found.values()) == COUNTS[layout][1:]
+    ids = [case["id"] for c in found.values() for case in c]
+    assert len(set(ids)) == len(ids) or layout.endswith("_papers")
+    for case in (c for split in found.values() for c in split):
+        assert Path(case["image"]).is_file() and Path(case["label"]).is_file()
+        assert case["id"] == Path(case["image"]).name.split(".")[0]
+    assert found == {split: cases(layout, unpacked(layout), split) for split in SPLITS}
+
+
+def test_cases_are_the_ones_of_the_papers_splits(unpacked):
+    validation = {int(c["id"][7:10]) for c in cases("acdc", unpacked("acdc"), "validation")}
+    assert validation == set(ACDC_SPLIT["validation"])
+    assert {int(c["id"][3:]) for c in cases("btcv", unpacked("btcv"), "test")} == set(BTCV_SPLIT["test"])
+    glands = [c["id"] for c in cases("glas", unpacked("glas"), "validation")]
+    assert glands == [f"train_{n}" for n in range(5, 86, 5)]
+    assert cases("acdc", unpacked("acdc") / "training", "test") == cases("acdc", unpacked("acdc"), "test")
+    assert cases("isic2017", unpacked("isic2017").parent, "test") == cases("isic2017", unpacked("isic2017"), "test")
+
+
+def test_labels_map_to_the_papers_classes(unpacked):
+    values = cases("btcv", unpacked("btcv"), "train")[0]["label_values"]
+    assert set(values) == set(range(14)) and {raw: c for raw, c in values.items() if c} == BTCV_ORGANS
+    assert cases("isic2018", unpacked("isic2018"), "test")[0]["label_values"] == {0: 0, 255: 1}
+    instances = cases("glas", unpacked("glas"), "train")[0]["label_values"]
+    assert instances[0] == 0 and {instances[n] for n in range(1, 256)} == {1}
+    assert "label_values" not in cases("acdc", unpacked("acdc"), "train")[0]
+
+
+def test_flat_btcv_folders_are_read_too(tmp_path):
+    touch(tmp_path / "imagesTr" / "img0005.nii.gz", tmp_path / "labelsTr" / "label0005.nii.gz")
+    (case,) = cases("btcv", tmp_path, "train")
+    assert case["label"] == str(tmp_path / "labelsTr" / "label0005.nii.gz")
+
+
+def test_absent_test_cases_are_said_and_training_goes_on(tmp_path, caplog):
+    isic2018(tmp_path, {"Training": 4})
     with caplog.at_level(logging.WARNING):
-        assert len(acdc(tmp_path, "train")) == 2
-    assert "none of the 20 test patients" in caplog.text
-    with pytest.raises(DataError, match="No test patients.*1 train"):
-        acdc(tmp_path, "test")
+        assert len(cases("isic2018", tmp_path, "train")) == 4
+    assert "no test cases" in caplog.text
+    with pytest.raises(DataError, match="No test cases in .*: it holds 4 train.*ISIC2018_Task1-2_Training_Input"):
+        cases("isic2018", tmp_path, "test")
 
 
 def test_wrong_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match=f"No ACDC patients in {tmp_path}"):
-        acdc(tmp_path, "train")
-    with pytest.raises(ValueError, match="split is"):
-        acdc(tmp_path, "val")
-    folder = patient(tmp_path, 1)
-    (folder / "patient001_frame12_gt.nii.gz").unlink()
+    for layout in LAYOUTS:
+        if layout != "datalist":
+            with pytest.raises(DataError, match=f"No train cases in {tmp_path}.*Expected"):
+                cases(layout, tmp_path, "train")
+    with pytest.raises(ValueError, match="split is one of 'train', 'validation', 'test', got 'val'"):
+        cases("acdc", tmp_path, "val")
+    with pytest.raises(ValueError, match="layout is one of .*'btcv_papers'.*got 'synapse'"):
+        cases("synapse", tmp_path, "train")
+    with pytest.raises(DataError, match="none does not exist"):
+        cases("acdc", tmp_path / "none", "train")
+    folder = tmp_path / "patient001"
+    touch(folder / "patient001_frame12.nii.gz")
     with pytest.raises(DataError, match="patient001_frame12.nii.gz has no label: expected .*frame12_gt"):
-        acdc(tmp_path, "train")
+        cases("acdc", tmp_path, "train")
     shutil.rmtree(folder)
     folder.mkdir()
     with pytest.raises(DataError, match="No images in .*patient001"):
-        acdc(tmp_path, "train")
+        cases("acdc", tmp_path, "train")
+
+
+def test_a_case_that_is_there_twice_or_in_two_splits_is_named(tmp_path):
+    isic2018(tmp_path, {"Training": 2, "Test": 1})
+    training = tmp_path / "ISIC2018_Task1-2_Training_Input"
+    touch(training / "ISIC_0000001.png")
+    with pytest.raises(DataError, match="ISIC_0000001 is there twice: .*Training.*jpg and .*Training.*png"):
+        cases("isic2018", tmp_path, "train")
+    (training / "ISIC_0000001.png").unlink()
+    test = tmp_path / "ISIC2018_Task1-2_Test_Input" / "ISIC_0000000.jpg"
+    touch(test)
+    with pytest.raises(DataError, match="ISIC_0000000 is there twice: .*Training.* and .*Test"):
+        cases("isic2018", tmp_path, "train")
+
+
+def test_your_own_folder_is_divided_by_name(tmp_path):
+    for n in range(10):
+        touch(tmp_path / "images" / f"scan.{n}.nii.gz", tmp_path / "labels" / f"scan.{n}.nii.gz")
+    found = {split: [c["id"] for c in cases("folder", tmp_path, split)] for split in SPLITS}
+    assert {split: len(ids) for split, ids in found.items()} == {"train": 7, "validation": 1, "test": 2}
+    assert sorted(sum(found.values(), [])) == [f"scan.{n}" for n in range(10)]
+    (tmp_path / "labels" / f"{found['train'][0]}.nii.gz").unlink()
+    with pytest.raises(DataError, match=f"{found['train'][0]}.nii.gz has no label"):
+        cases("folder", tmp_path, "train")
+
+
+def test_a_decathlon_datalist_names_its_own_splits(tmp_path):
+    file = tmp_path / "dataset.json"
+    entry = {"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}
+    touch(tmp_path / entry["image"], tmp_path / entry["label"])
+    file.write_text(json.dumps({"training": [entry], "test": ["imagesTs/b.nii.gz"]}))
+    (case,) = cases("datalist", file, "train")
+    assert case == {"id": "a", **{key: str(tmp_path / value) for key, value in entry.items()}}
+    with pytest.raises(DataError, match="No validation cases.*Expected lists 'training', 'validation' and 'test'"):
+        cases("datalist", file, "validation")
+    with pytest.raises(DataError, match="No test cases"):
+        cases("datalist", file, "test")
+    file.write_text("{")
+    with pytest.raises(DataError, match="Cannot read .*dataset.json as a datalist"):
+        cases("datalist", file, "train")
 
 
 def test_image_files_of_a_folder(tmp_path):
-    patient(tmp_path, 1)
+    folder = tmp_path / "patient001"
+    touch(*(folder / f"patient001_{name}.nii.gz" for name in ("frame01", "frame01_gt", "frame12", "4d")))
+    touch(folder / "photo.JPG")
     files = image_files(tmp_path, ignore=["*_gt.nii*", "*_4d.nii*"])
-    assert [Path(f["image"]).name for f in files] == ["patient001_frame01.nii.gz", "patient001_frame12.nii.gz"]
+    assert [f["id"] for f in files] == ["patient001_frame01", "patient001_frame12"]
+    assert [f["id"] for f in image_files(tmp_path, suffixes=[".jpg", ".png"])] == ["photo"]
     with pytest.raises(DataError, match="is no folder"):
         image_files(tmp_path / "none")
-    with pytest.raises(DataError, match="No images"):
+    with pytest.raises(DataError, match="No images in .*expected .nii.gz or .nii files"):
         image_files(tmp_path, ignore=["*"])
