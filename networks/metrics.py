@@ -106,7 +106,7 @@ class CaseMetric(CumulativeIterationMetric):
 
     def _distance(self, pred: Tensor, truth: Tensor, spacing: list[float] | None) -> float:
         if self.papers:
-            edges = get_mask_edges(pred[0], truth[0], always_return_as_numpy=True)
+            edges = get_mask_edges(pred[0].cpu().numpy(), truth[0].cpu().numpy())
             ways = [get_surface_distance(a, b) for a, b in (edges, edges[::-1])]
             pooled = np.percentile(np.concatenate(ways), 95)
             return float(pooled if self.name == "hd95" else np.mean([way.mean() for way in ways]))

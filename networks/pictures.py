@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from monai.transforms import LoadImage
+from monai.data import MetaTensor
+from monai.transforms import LoadImage, Orientation
 from PIL import Image, ImageDraw
 
-__all__ = ["COLOURS", "curves", "label_picture", "overlay", "read_slice", "thin"]
+from .datasets import PICTURES
+
+__all__ = ["COLOURS", "curves", "label_picture", "overlay", "read_slice", "thin", "upright"]
 
 COLOURS = (
     (230, 80, 70),
@@ -86,16 +89,33 @@ def read_slice(file: str, axis: int, index: int) -> np.ndarray:
 
     Args:
         file: a volume or a picture.
-        axis: axis of the volume to cut across.
+        axis: axis of the :func:`upright` volume to cut across.
         index: position along it.
 
     Returns:
         ``H, W`` or, of an RGB picture, ``H, W, 3``.
     """
-    image = np.asarray(LoadImage(image_only=True, ensure_channel_first=True)(file))
+    image = LoadImage(image_only=True, ensure_channel_first=True)(file)
     if image.ndim == 3:
+        image = np.asarray(image)
         return image[0].T if len(image) == 1 else image[:3].transpose(2, 1, 0)
-    return image[0].take(index, axis).T
+    return upright(image).take(index, axis).T
+
+
+def upright(volume: MetaTensor) -> np.ndarray:
+    """Turn a volume so that each slice, transposed, is seen as radiologists do: the patient's right on the left,
+    anterior or superior at the top.
+
+    Args:
+        volume: ``1, X, Y, Z`` in any orientation; a picture, which has no position, stays as it is.
+
+    Returns:
+        ``X, Y, Z`` towards left, posterior and inferior.
+    """
+    if str(volume.meta.get("filename_or_obj", "")).lower().endswith(PICTURES):
+        return np.asarray(volume.cpu())[0]
+    labels = (("L", "R"), ("P", "A"), ("I", "S"))
+    return np.asarray(Orientation(axcodes="LPI", labels=labels)(volume).cpu())[0]
 
 
 def label_picture(label: np.ndarray) -> Image.Image:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .files import whole_file, write_csv
 from .handlers import read_history
 from .metrics import DISTANCES
-from .pictures import curves, overlay, read_slice, thin
+from .pictures import curves, overlay, read_slice, thin, upright
 
 __all__ = ["Overlays", "Report", "case_table", "summary_table"]
 
@@ -198,7 +198,7 @@ def _counts(own: int) -> list[int]:
 
 
 def _label_map(x: Any) -> np.ndarray:
-    return np.asarray(x.cpu())[0].astype(np.uint8)
+    return upright(x).astype(np.uint8)
 
 
 def _file(case: Mapping[str, Any]) -> str:

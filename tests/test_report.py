@@ -71,3 +71,18 @@ def test_a_picture_is_read_as_people_see_it(tmp_path, suffix):
     Image.fromarray(image).save(tmp_path / f"image{suffix}", quality=100)
     read = read_slice(str(tmp_path / f"image{suffix}"), 2, 0)
     assert read.shape == (16, 32, 3) and read[8, 28, 2] > 200 and read[8, 4].max() < 60
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SRA"])
+def test_a_volume_is_seen_upright_however_it_is_stored(tmp_path, axcodes):
+    import nibabel as nib
+
+    # Towards right, anterior, superior: the patient's right third is bright at its anterior end.
+    ras = np.zeros((12, 10, 4), np.float32)
+    ras[9:, 6:, 2] = 1
+    image = nib.Nifti1Image(ras, np.diag([2, 2, 5, 1]))
+    turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes))
+    nib.save(image.as_reoriented(turn), tmp_path / "volume.nii.gz")
+    slices = [read_slice(str(tmp_path / "volume.nii.gz"), 2, z) for z in range(4)]
+    assert [bool(s.any()) for s in slices] == [False, True, False, False]  # from superior to inferior
+    assert slices[1].shape == (10, 12) and slices[1][:4, :3].all() and slices[1].sum() == 12
