@@ -247,10 +247,8 @@ def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bun
         return change
 
     wrong = {
-        "Expected training/patientNNN": lambda p: shutil.rmtree(p.parent),
         "has no label": lambda p: first(p, "_gt").unlink(),
         "Cannot read .*patient004_frame01.nii.gz": lambda p: first(p).write_bytes(first(p).read_bytes()[:500]),
-        "its image .* the label must lie on the image's grid": change_label(lambda a: a[:, :, :2]),
         r"values \[7.0\], expected whole numbers from 0 to 3": change_label(lambda a: np.where(a == 3, 7, a)),
     }
     for message, change in wrong.items():
@@ -272,11 +270,7 @@ def test_wrong_pictures_end_in_one_sentence_and_nothing_written(phantoms, run_bu
 
     wrong = {
         "has 1 channel.*expected 3: an RGB picture": lambda f: Image.open(f).convert("L").save(f),
-        "Cannot read .*ISIC_0000001.jpg": lambda f: f.write_bytes(f.read_bytes()[:300]),
-        "has no label: expected .*ISIC_0000001_segmentation.png": lambda f: mask(f).unlink(),
         r"values \[7.0\], expected none but 0, 255": lambda f: Image.new("L", Image.open(f).size, 7).save(mask(f)),
-        "the label must lie on the image's grid": lambda f: Image.new("L", (8, 8)).save(mask(f)),
-        "is there twice": lambda f: shutil.copy(f, f.with_suffix(".png")),
     }
     for message, change in wrong.items():
         _fails(run_bundle, "danie_isic2018", bad(change), tmp_path / "root", message)

@@ -76,6 +76,12 @@ def build(request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
     return build
 
 
+# DANIE-L is DANIE-S with other widths: what takes long is done with it where time is no matter.
+long = pytest.mark.parametrize(
+    "build", [*list(NETWORKS)[:-1], pytest.param("DANIE-L", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
+
+
 def image(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1))
 
@@ -207,6 +213,7 @@ def test_trace_equals(build):
         torch.testing.assert_close(traced(x), net(x), atol=1e-5, rtol=1e-5)
 
 
+@long
 def test_onnx_equals_in_onnxruntime(build, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     net, x = build().eval(), image(2, 1, 64, 64)
@@ -218,6 +225,7 @@ def test_onnx_equals_in_onnxruntime(build, tmp_path):
         torch.testing.assert_close(torch.from_numpy(out), net(x), atol=1e-4, rtol=1e-3)
 
 
+@long
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_to_one_graph(build, backend, training):
