@@ -14,8 +14,8 @@ from .datasets import PICTURES
 __all__ = ["COLOURS", "curves", "label_picture", "overlay", "read_slice", "thin", "upright"]
 
 COLOURS = (
+    (60, 190, 90),
     (230, 80, 70),
-    (80, 180, 90),
     (70, 120, 230),
     (240, 190, 50),
     (170, 90, 200),

@@ -1,6 +1,6 @@
 """Time the networks beside MONAI's 2D UNet, in interleaved rounds of one process.
 
-    python tests/benchmarks/networks.py [--rounds 9] [--batch 4] [--side 256]
+    python tests/benchmarks/speed.py [--rounds 9] [--batch 4] [--side 256]
 
 Prints parameters, multiply-accumulates (``torch.utils.flop_counter``, halved, attention through its plain kernel),
 the median milliseconds per slice of an inference in fp32, and the ratio to the UNet of the same round.
