@@ -227,15 +227,6 @@ def test_two_processes_give_the_metrics_of_one(trained, configs, data, run_bundl
 
 
 def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):
-    acdc = phantoms("acdc")
-
-    def bad(change) -> Path:
-        folder = tmp_path / "data"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(acdc, folder)
-        change(folder / "training" / "patient004")
-        return folder
-
     def first(patient: Path, suffix: str = "") -> Path:
         return patient / f"{patient.name}_frame01{suffix}.nii.gz"
 
@@ -252,19 +243,11 @@ def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bun
         r"values \[7.0\], expected whole numbers from 0 to 3": change_label(lambda a: np.where(a == 3, 7, a)),
     }
     for message, change in wrong.items():
-        _fails(run_bundle, "fias_acdc", bad(change), tmp_path / "root", message)
+        data = _changed(phantoms("acdc"), tmp_path, "training/patient004", change)
+        _fails(run_bundle, "fias_acdc", data, tmp_path / "root", message)
 
 
 def test_wrong_pictures_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):
-    isic = phantoms("isic2018")
-
-    def bad(change) -> Path:
-        folder = tmp_path / "data"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(isic, folder)
-        change(folder / "ISIC2018_Task1-2_Training_Input" / "ISIC_0000001.jpg")
-        return folder
-
     def mask(image: Path) -> Path:
         return image.parents[1] / "ISIC2018_Task1_Training_GroundTruth" / f"{image.stem}_segmentation.png"
 
@@ -273,7 +256,17 @@ def test_wrong_pictures_end_in_one_sentence_and_nothing_written(phantoms, run_bu
         r"values \[7.0\], expected none but 0, 255": lambda f: Image.new("L", Image.open(f).size, 7).save(mask(f)),
     }
     for message, change in wrong.items():
-        _fails(run_bundle, "danie_isic2018", bad(change), tmp_path / "root", message)
+        image = "ISIC2018_Task1-2_Training_Input/ISIC_0000001.jpg"
+        data = _changed(phantoms("isic2018"), tmp_path, image, change)
+        _fails(run_bundle, "danie_isic2018", data, tmp_path / "root", message)
+
+
+def _changed(data: Path, tmp_path: Path, place: str, change) -> Path:
+    """A copy of a dataset with one place in it spoilt."""
+    shutil.rmtree(tmp_path / "data", ignore_errors=True)
+    shutil.copytree(data, tmp_path / "data")
+    change(tmp_path / "data" / place)
+    return tmp_path / "data"
 
 
 def _fails(run_bundle, name: str, data: Path, root: Path, message: str) -> None:

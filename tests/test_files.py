@@ -107,6 +107,22 @@ def test_pictures_of_other_channels_are_refused(tmp_path, mode):
         VolumeDataset([{"image": str(tmp_path / "image.png")}], loader)[0]
 
 
+def test_a_truncated_picture_and_a_mask_of_another_size_are_refused(tmp_path):
+    image, mask = tmp_path / "image.jpg", tmp_path / "mask.png"
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(image)
+    Image.new("L", (8, 8)).save(mask)
+    load = [
+        LoadVolumed("image", channels=3, suffixes=PICTURES),
+        LoadVolumed("label", suffixes=PICTURES),
+        CheckLabeld("label", num_classes=2),
+    ]
+    with pytest.raises(DataError, match=r"mask.png has shape .*the label must lie on the image's grid"):
+        VolumeDataset([{"image": str(image), "label": str(mask)}], load)[0]
+    image.write_bytes(image.read_bytes()[:300])
+    with pytest.raises(DataError, match="Cannot read .*image.jpg"):
+        VolumeDataset([{"image": str(image), "label": str(mask)}], load)[0]
+
+
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder" / "file.txt"
     with pytest.raises(RuntimeError), whole_file(target) as name:
