@@ -3,12 +3,22 @@
     python bundles/release.py danie_acdc --output_dir dist
     python bundles/release.py danie_acdc --output_dir dist --name danie_s_acdc --set "{'size': 'small'}"
 
-Publish the zips and ``model_info.json`` as assets of a GitHub release, or any server: users fetch one by
-``python -m monai.bundle download --name NAME --url URL --bundle_dir .`` and run it from its own folder.
+Publish it where ``python -m monai.bundle download --name NAME --bundle_dir .`` finds it:
+
+- on any server: the zip, fetched with ``--url URL_OF_THE_ZIP``;
+- on GitHub: commit ``models/model_info.json`` at the top of a repository, tag the commit, attach the zips to the tag's
+  release; fetched with ``--source github --repo OWNER/REPOSITORY/TAG``;
+- on Hugging Face: the unpacked bundle as the root of a repository of its own, with a tag for the version, as
+  ``python -m monai.bundle push_to_hf_hub`` does; fetched with ``--source huggingface_hub --repo OWNER/NAME``.
+
+MONAI downloads zips without a look at checksums. The command printed at the end, with ``--url``, does look.
 
 A release holds the bundle's configs, docs and licence, its weights where there are any, and under ``scripts/networks``
 the code that it needs: ``scripts`` is the one module name that MONAI Label unloads between bundles, so bundles of two
 releases serve side by side, each with its own code. The configs' ``networks.`` becomes ``scripts.networks.``.
+
+Where there are weights, training goes on from them: ``start_from`` names them, and no other pretrained weights are
+fetched. MONAI Label, which trains without asking for more, can so train offline.
 """
 
 from __future__ import annotations
@@ -22,9 +32,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import fire
-from monai.bundle import ConfigParser
+from monai.apps.utils import download_url
+from monai.bundle import ConfigParser, verify_metadata
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -39,8 +51,10 @@ def release(
     set: dict[str, Any] | None = None,  # noqa: A002  (the option's name on the command line)
     weights: str = "",
     url: str = "",
+    weights_url: str = "",
+    schema: str = "",
 ) -> str:
-    """Check a bundle, write ``NAME_vVERSION.zip``, and note it in ``model_info.json`` beside it.
+    """Check a bundle, write ``NAME_vVERSION.zip``, and note it in ``models/model_info.json`` beside it.
 
     The same input gives the same bytes: files are sorted and carry one date.
 
@@ -50,18 +64,22 @@ def release(
         name: the release's own name, for one with overrides.
         set: values of the configs to bake in, such as ``{'size': 'small'}``; an id that a config lacks is left out.
         weights: ``model.pt`` to ship; by default the bundle's own, and none where there is none.
-        url: where the zip will lie, for ``model_info.json``.
+        url: address of the folder where the zip will lie, for ``model_info.json``.
+        weights_url: address of the folder where the weights will lie, when a zip with them is too large: they are
+            written beside the zip as ``NAME_vVERSION.pt``, and ``large_files.yml`` in it names address and checksum for
+            ``python -m monai.bundle download_large_files``, which refuses another file.
+        schema: file of the model zoo's metadata schema; by default fetched from the metadata's ``schema``.
 
     Returns:
         Path of the zip, or of the folder when several were built.
 
     Raises:
-        DataError: when the version is not in the changelog, a set value is in no config, the network does not give
-            what the metadata says, or the weights do not fit it.
+        DataError: when the metadata does not follow the schema, its version is not in its changelog, a set value is in
+            no config, the network does not give what the metadata says, or the weights do not fit it.
     """
     if bundle == "all":
         for metadata_file in sorted((ROOT / "bundles").glob("*/configs/metadata.json")):
-            release(metadata_file.parents[1].name, output_dir, url=url)
+            release(metadata_file.parents[1].name, output_dir, url=url, weights_url=weights_url, schema=schema)
         return output_dir
     source = ROOT / "bundles" / bundle
     if not (source / "configs" / "metadata.json").is_file():
@@ -75,23 +93,37 @@ def release(
         raise DataError(f"{source / 'configs/metadata.json'}: version {metadata['version']} is not in its changelog.")
     with tempfile.TemporaryDirectory() as folder:
         _unpack(files, Path(folder))
+        _check_metadata(Path(folder) / "configs" / "metadata.json", Path(schema or Path(folder) / "schema.json"))
         _verify(Path(folder))
     target = Path(output_dir) / f"{name}_v{metadata['version']}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
+    if weights_url and "models/model.pt" in files:
+        apart = target.with_suffix(".pt")
+        apart.write_bytes(files.pop("models/model.pt"))
+        files["large_files.yml"] = _large_file(apart, weights_url).encode()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for path in sorted(files):
             entry = zipfile.ZipInfo(f"{name}/{path}", (2020, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, files[path])
-    _note(target, url)
+    checksum = _note(target, url)
     print(f"{target}, {target.stat().st_size / 1e6:.1f} MB, {'with' if 'models/model.pt' in files else 'no'} weights")
+    if url:
+        options = f"'{_address(url, target)}', '{target.name}', '.', hash_val='{checksum}', hash_type='sha1'"
+        print(f'python -c "from monai.apps import download_and_extract as get; get({options})"')
     return str(target)
 
 
 def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dict[str, bytes]:
     files = {str(p.relative_to(source)): p.read_bytes() for p in sorted((source / "docs").glob("*"))}
     files["LICENSE"] = (source / "LICENSE").read_bytes()
+    model = Path(weights) if weights else source / "models" / "model.pt"
+    if weights and not model.is_file():
+        raise FileNotFoundError(f"No weights at {model}.")
     baked = dict.fromkeys(values, False)
+    if model.is_file():
+        files["models/model.pt"] = model.read_bytes()
+        values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((source / "configs").glob("*")):
         text = config.read_text()
         if config.name != "metadata.json":
@@ -100,7 +132,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
                 text, found = re.subn(
                     rf'^    "{key}": .*?(,?)$', rf'    "{key}": {json.dumps(value)}\1', text, flags=re.M
                 )
-                baked[key] |= bool(found)
+                baked[key] = baked.get(key, True) or bool(found)
             text = text.replace('"networks.', '"scripts.networks.')
             text = text.replace('"$import networks"', '"$import scripts.networks as networks"')
         files[f"configs/{config.name}"] = text.encode()
@@ -110,9 +142,6 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
     files["scripts/__init__.py"] = b""
     for module in sorted((ROOT / "networks").glob("*.py")):
         files[f"scripts/networks/{module.name}"] = module.read_bytes()
-    model = Path(weights) if weights else source / "models" / "model.pt"
-    if weights or model.is_file():
-        files["models/model.pt"] = model.read_bytes()
     if (source / "large_files.yml").is_file():
         files["large_files.yml"] = (source / "large_files.yml").read_bytes()
     return files
@@ -122,6 +151,21 @@ def _unpack(files: dict[str, bytes], folder: Path) -> None:
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
+
+
+def _check_metadata(metadata: Path, schema: Path) -> None:
+    """The metadata follow the model zoo's schema; without a connection or file of it, say that this was not checked."""
+    address = json.loads(metadata.read_text())["schema"]
+    if not schema.is_file():
+        try:
+            download_url(address, schema, progress=False)
+        except (URLError, RuntimeError) as error:
+            print(f"metadata not checked: no schema from {address} ({error}). Give its file by --schema.")
+            return
+    try:
+        verify_metadata(str(metadata), str(schema))
+    except ValueError as error:
+        raise DataError(f"{metadata.name} does not follow {address}: {error}") from error
 
 
 def _verify(folder: Path) -> None:
@@ -139,12 +183,27 @@ def _verify(folder: Path) -> None:
         load_weights(ConfigParser(json.loads(config)).get_parsed_content("network_def"), folder / "models" / "model.pt")
 
 
-def _note(target: Path, url: str) -> None:
-    index = target.parent / "model_info.json"
+def _large_file(weights: Path, url: str) -> str:
+    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return (
+        f"large_files:\n  - path: models/model.pt\n    url: {_address(url, weights)}\n"
+        f"    hash_val: {checksum}\n    hash_type: sha256\n"
+    )
+
+
+def _address(url: str, file: Path) -> str:
+    return f"{url.rstrip('/')}/{file.name}" if url else file.name
+
+
+def _note(target: Path, url: str) -> str:
+    """Enter the zip's checksum in the index that ``monai.bundle download --source github`` reads; return it."""
+    index = target.parent / "models" / "model_info.json"
+    index.parent.mkdir(exist_ok=True)
     known = json.loads(index.read_text()) if index.is_file() else {}
     digest = hashlib.sha1(target.read_bytes(), usedforsecurity=False).hexdigest()
-    known[target.stem] = {"checksum": digest, "source": f"{url.rstrip('/')}/{target.name}" if url else target.name}
+    known[target.stem] = {"checksum": digest, "source": _address(url, target)}
     index.write_text(json.dumps(dict(sorted(known.items())), indent=4) + "\n")
+    return digest
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
 from .losses import SubsetSumLoss
-from .weights import load_matching, load_weights
+from .weights import load_matching, load_torchscript, load_weights
 
 __all__ = [
     "DANIE",
@@ -19,6 +19,7 @@ __all__ = [
     "files",
     "handlers",
     "load_matching",
+    "load_torchscript",
     "load_weights",
     "metrics",
     "report",

@@ -17,6 +17,7 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
+from .dicom import is_series
 from .errors import DataError, check_option
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LAYOUTS",
     "PAPERS",
     "PICTURES",
+    "SERIES",
     "SPLITS",
     "VOLUMES",
     "cases",
@@ -39,6 +41,9 @@ Splits = dict[str, list[Case]]
 
 SPLITS = ("train", "validation", "test")
 VOLUMES = (".nii.gz", ".nii")
+SERIES = ".dcm"
+"""Among the endings of image files, stands for folders of DICOM files, whatever their names: each is one image."""
+
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 
 ACDC_SPLIT = {
@@ -107,16 +112,18 @@ def cases(layout: str, dataset_dir: str | Path, split: str) -> list[Case]:
     return sorted(splits[split], key=lambda case: _natural(case["id"]))
 
 
-def image_files(folder: str | Path, suffixes: Sequence[str] = VOLUMES, ignore: Sequence[str] = ()) -> list[Case]:
+def image_files(
+    folder: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES), ignore: Sequence[str] = ()
+) -> list[Case]:
     """Every image in a folder and its subfolders, for inference.
 
     Args:
         folder: where to look.
-        suffixes: endings of the files to take.
-        ignore: patterns of file names to leave out, such as ``"*_gt.nii.gz"``.
+        suffixes: endings of the files to take; with :data:`SERIES` also each folder of DICOM files.
+        ignore: patterns of names to leave out, such as ``"*_gt.nii.gz"``.
 
     Returns:
-        ``{"id": name, "image": path}`` per file, sorted.
+        ``{"id": name, "image": path}`` per file or series, sorted.
 
     Raises:
         DataError: when there is no such folder, or no image in it.
@@ -124,14 +131,14 @@ def image_files(folder: str | Path, suffixes: Sequence[str] = VOLUMES, ignore: S
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Set dataset_dir to the folder of the images to segment.")
-    files = [
-        p
-        for p in folder.rglob("*")
-        if p.name.lower().endswith(tuple(suffixes)) and not any(fnmatch(p.name, pattern) for pattern in ignore)
-    ]
-    if not files:
+    endings = tuple(s for s in suffixes if s != SERIES)
+    found = {p: _stem(p) for p in folder.rglob("*") if p.name.lower().endswith(endings)}
+    if SERIES in suffixes:
+        found |= {p: p.resolve().name for p in (folder, *folder.rglob("*")) if is_series(p)}
+    taken = sorted(p for p in found if not any(fnmatch(p.name, pattern) for pattern in ignore))
+    if not taken:
         raise DataError(f"No images in {folder}: expected {_either(suffixes)} files there or in its subfolders.")
-    return [{"id": _stem(file), "image": str(file)} for file in sorted(files)]
+    return [{"id": found[path], "image": str(path)} for path in taken]
 
 
 def _acdc(root: Path) -> Splits:

@@ -15,25 +15,27 @@ import numpy as np
 import torch
 from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
-from monai.transforms import LoadImaged, MapTransform
+from monai.data.folder_layout import default_name_formatter
+from monai.transforms import LoadImaged, MapTransform, SaveImage
 from monai.utils import get_equivalent_dtype
 
-from .datasets import PICTURES, VOLUMES
+from .datasets import PICTURES, SERIES, VOLUMES
+from .dicom import check_series
 from .errors import DataError
 from .pictures import label_picture
 
-__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "whole_file", "write_csv"]
+__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "result_name", "whole_file", "write_csv"]
 
 
 class LoadVolumed(LoadImaged):
     """:class:`monai.transforms.LoadImaged` with the channel first, and a check that each file is one usable volume.
 
-    A picture (JPEG, PNG, BMP) is loaded as a volume of one slice.
+    A picture (JPEG, PNG, BMP) is loaded as a volume of one slice, a folder of DICOM files as the volume of its series.
 
     Args:
         keys: keys of the file names.
         channels: channels that each image must have: 1 for CT and MR, 3 for RGB.
-        suffixes: endings of the files to take.
+        suffixes: endings of the files to take; :data:`networks.datasets.SERIES` for folders of DICOM files.
         kwargs: further arguments of ``LoadImaged``, such as ``reader`` and ``dtype``.
 
     Shape:
@@ -42,11 +44,11 @@ class LoadVolumed(LoadImaged):
 
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
-            or channels, is empty, or holds NaN or infinite values.
+            or channels, is empty, or holds NaN or infinite values; when a series has company in its folder, or a gap.
     """
 
     def __init__(
-        self, keys: KeysCollection, channels: int = 1, suffixes: Sequence[str] = VOLUMES, **kwargs: Any
+        self, keys: KeysCollection, channels: int = 1, suffixes: Sequence[str] = (*VOLUMES, SERIES), **kwargs: Any
     ) -> None:
         super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
         self.channels = channels
@@ -59,10 +61,16 @@ class LoadVolumed(LoadImaged):
         return d
 
     def _load(self, file: Any, reader: Any) -> MetaTensor:
-        if not str(file).lower().endswith(self.suffixes):
+        if SERIES in self.suffixes and Path(file).is_dir():
+            check_series(file)
+        elif SERIES in self.suffixes and str(file).lower().endswith(SERIES):
+            raise DataError(f"{file} is one DICOM file: name the folder that holds its series instead.")
+        elif not str(file).lower().endswith(self.suffixes):
             raise DataError(f"{file} is none of the files that this bundle reads: {', '.join(self.suffixes)}.")
         try:
             volume = self._loader(file, reader)
+            if isinstance(volume, tuple):  # MONAI Label asks its loaders for the metadata as well
+                volume = volume[0]
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
@@ -214,6 +222,25 @@ class LabelMapWriter(NibabelWriter):
                 nib.save(image, name)
             else:
                 super().write(name, verbose=verbose, **obj_kwargs)
+
+
+def result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
+    """Name what is saved of a folder of DICOM files as MONAI names what is saved of a file; for ``SaveImaged``.
+
+    Args:
+        meta: the image's.
+        saver: whose ``data_root_dir`` is left out of the name.
+
+    Returns:
+        Arguments of MONAI's ``FolderLayout.filename``: of a folder ``root/A/1.2.3`` those of a file
+        ``root/A/1.2.3.dcm``, of ``root`` itself those of a file of its name in it.
+    """
+    names = default_name_formatter(meta, saver)
+    path = Path(names["subject"])
+    if path.is_dir():
+        folder = path if path == Path(getattr(saver.folder_layout, "data_root_dir", "")) else path.parent
+        names["subject"] = str(folder / f"{path.resolve().name}{SERIES}")
+    return names
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import DataError
 
-__all__ = ["load_matching", "load_weights", "read_weights"]
+__all__ = ["load_matching", "load_torchscript", "load_weights", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,31 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     load_state_dict(module, read_weights(path), source=str(path))
 
 
+def load_torchscript(path: str | Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
+    """Load a network with its weights from a file that ``monai.bundle ckpt_export`` or ``trt_export`` wrote.
+
+    Args:
+        path: the file.
+        device: where the network goes.
+
+    Returns:
+        The network, in eval mode.
+
+    Raises:
+        FileNotFoundError: when there is no such file, with what to do about it.
+        DataError: when it is truncated, or no TorchScript.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No network at {path}. Export it by python -m monai.bundle ckpt_export (or trt_export, for TensorRT), "
+            "or name its folder by --ckpt_dir."
+        )
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except RuntimeError as error:
+        raise DataError(f"Cannot read {path} as TorchScript: truncated, or another format. Export it again.") from error
+
+
 def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: Iterable[str] = ()) -> None:
     """Load ``state`` strictly and name what does not fit.
 
@@ -124,6 +149,10 @@ def load_matching(network: nn.Module, path: str | Path) -> None:
     """
     if not str(path):
         return
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No weights at {path} to start from. Name others by --start_from, or none: --start_from ''."
+        )
     network = getattr(network, "module", network)
     state = read_weights(path)
     _, taken, left = copy_model_state(network, state)

@@ -24,9 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-def run(*command: str, cwd: Path = ROOT, check: bool = True, threads: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a command line with the tree importable; its output in one string."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+def run(
+    *command: str, cwd: Path = ROOT, check: bool = True, threads: int = 2, path: Path | str = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a command line with ``path`` importable, by default this tree; its output in one string."""
+    env = {**os.environ, "PYTHONPATH": str(path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(
         [sys.executable, *command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -204,5 +204,5 @@ def test_image_files_of_a_folder(tmp_path):
     assert [f["id"] for f in image_files(tmp_path, suffixes=[".jpg", ".png"])] == ["photo"]
     with pytest.raises(DataError, match="is no folder"):
         image_files(tmp_path / "none")
-    with pytest.raises(DataError, match="No images in .*expected .nii.gz or .nii files"):
+    with pytest.raises(DataError, match="No images in .*expected .nii.gz, .nii or .dcm files"):
         image_files(tmp_path, ignore=["*"])

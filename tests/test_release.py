@@ -1,24 +1,31 @@
-"""Releases: built, downloaded, and run without this repository."""
+"""Releases: built, checked, downloaded from where they are published, and run without this repository."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import subprocess
-import sys
+import shutil
 import threading
 import zipfile
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
+import requests
 import torch
-from conftest import run
+from conftest import ROOT, run
+from monai.apps.utils import HashCheckError
 
-from networks import FIAS
+from networks import FIAS, DataError
+
+spec = importlib.util.spec_from_file_location("release", ROOT / "bundles" / "release.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
 
 
 @pytest.fixture(scope="module")
@@ -31,77 +38,168 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dist(weights, tmp_path_factory) -> Path:
-    """A folder with the release of fias_acdc."""
-    folder = tmp_path_factory.mktemp("dist")
-    url = "https://example.org/releases"
-    run("bundles/release.py", "fias_acdc", "--output_dir", str(folder), "--weights", str(weights), "--url", url)
-    return folder
+def schema(tmp_path_factory) -> Path:
+    """A schema in the form of the model zoo's."""
+    file = tmp_path_factory.mktemp("schema") / "schema.json"
+    file.write_text(json.dumps({"type": "object", "required": ["version", "task", "network_data_format"]}))
+    return file
 
 
-def test_a_release_holds_what_it_needs_and_nothing_else(dist):
-    with zipfile.ZipFile(dist / "fias_acdc_v0.1.0.zip") as archive:
+@pytest.fixture(scope="module")
+def release(weights, schema) -> Callable[..., str]:
+    """Build a release of fias_acdc into a folder."""
+
+    def release(folder: Path, **options: str) -> str:
+        return script.release("fias_acdc", str(folder), weights=str(weights), schema=str(schema), **options)
+
+    return release
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """Address and folder of a local web server."""
+    folder = tmp_path_factory.mktemp("www")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", folder
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def published(server, weights, schema) -> tuple[str, Path, str]:
+    """Address and folder of a release built on the command line, and what that printed."""
+    url, folder = server
+    command = ["fias_acdc", "--output_dir", folder, "--weights", weights, "--schema", schema, "--url", url]
+    return url, folder, run("bundles/release.py", *map(str, command)).stdout
+
+
+def test_a_release_holds_what_it_needs_and_nothing_else(published):
+    url, folder, printed = published
+    with zipfile.ZipFile(folder / "fias_acdc_v0.1.0.zip") as archive:
         names = archive.namelist()
-        configs = [archive.read(n).decode() for n in names if n.endswith(".json")]
+        configs = {Path(n).stem: archive.read(n).decode() for n in names if n.endswith(".json")}
     assert all(n.startswith("fias_acdc/") for n in names) and names == sorted(names)
     assert {"fias_acdc/LICENSE", "fias_acdc/models/model.pt", "fias_acdc/docs/README.md"} < set(names)
     assert "fias_acdc/scripts/networks/fias.py" in names and not any("__pycache__" in n for n in names)
-    assert not any('"networks.' in c or '"$import networks"' in c for c in configs)
-    info = json.loads((dist / "model_info.json").read_text())
-    assert info["fias_acdc_v0.1.0"]["source"] == "https://example.org/releases/fias_acdc_v0.1.0.zip"
+    assert not any('"networks.' in c or '"$import networks"' in c for c in configs.values())
+    train = json.loads(configs["train"])
+    assert train["start_from"] == "$@bundle_root + '/models/model.pt'" and train["pretrained"] is False
+    info = json.loads((folder / "models" / "model_info.json").read_text())["fias_acdc_v0.1.0"]
+    assert info["source"] == f"{url}/fias_acdc_v0.1.0.zip" and info["checksum"] in printed
+    assert "metadata is verified with no error" in printed
 
 
-def test_the_same_input_gives_the_same_bytes(dist, weights, tmp_path):
-    run("bundles/release.py", "fias_acdc", "--output_dir", str(tmp_path), "--weights", str(weights))
-    assert (tmp_path / "fias_acdc_v0.1.0.zip").read_bytes() == (dist / "fias_acdc_v0.1.0.zip").read_bytes()
+def test_the_same_input_gives_the_same_bytes(published, release, tmp_path):
+    release(tmp_path)
+    first, second = (folder / "fias_acdc_v0.1.0.zip" for folder in (published[1], tmp_path))
+    assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_download_runs_without_this_repository(dist, phantoms, tmp_path):
-    """Download from a server, inference and load in its own folder; importing the repository's package would fail."""
-    poison = tmp_path / "poison" / "networks"
-    poison.mkdir(parents=True)
-    (poison / "__init__.py").write_text("raise ImportError('the repository is not there')")
-    environment = {**os.environ, "PYTHONPATH": str(poison.parent), "CUDA_VISIBLE_DEVICES": ""}
+def test_a_download_trains_evaluates_infers_and_loads_without_this_repository(published, phantoms, tmp_path):
+    """Importing the repository's package would fail."""
+    poison = tmp_path / "poison"
+    (poison / "networks").mkdir(parents=True)
+    (poison / "networks" / "__init__.py").write_text("raise ImportError('the repository is not there')")
 
-    def alone(*command: str, cwd: Path) -> str:
-        options = {"cwd": cwd, "env": environment, "text": True, "stderr": subprocess.STDOUT}
-        return subprocess.check_output([sys.executable, *command], **options)
+    def alone(*command: str, cwd: Path = tmp_path / "fias_acdc") -> str:
+        return run(*command, cwd=cwd, path=poison).stdout
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(dist)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/fias_acdc_v0.1.0.zip"
-    download = ["download", "--name", "fias_acdc", "--url", url, "--bundle_dir", str(tmp_path)]
-    alone("-m", "monai.bundle", *download, cwd=tmp_path)
-    server.shutdown()
-    bundle = tmp_path / "fias_acdc"
-    data = phantoms("acdc") / "training" / "patient002"
-    files = ["--config_file", "configs/inference.json", "--dataset_dir", str(data), "--image_size", "64"]
-    alone("-m", "monai.bundle", "run", "inferring", *files, cwd=bundle)
+    url = f"{published[0]}/fias_acdc_v0.1.0.zip"
+    where = ["--url", url, "--bundle_dir", "."]
+    alone("-m", "monai.bundle", "download", "--name", "fias_acdc", *where, cwd=tmp_path)
+    bundle, data = tmp_path / "fias_acdc", phantoms("acdc")
+    load = "import monai.bundle as b; n = b.load('fias_acdc', bundle_dir='..'); print(type(n), n.heads.convs[0].weight)"
+    weight = torch.load(bundle / "models" / "model.pt")["heads.convs.0.weight"].float()
+    assert "scripts.networks.fias.FIAS" in (loaded := alone("-c", load)) and f"{weight[0, 0].item():.4f}" in loaded
+
+    def run_it(run_id: str, config: str, folder: Path = data, **options: object) -> str:
+        arguments = {"dataset_dir": folder, "image_size": 64, **options}
+        flags = [f"--{key}={value}" for key, value in arguments.items()]
+        return alone("-m", "monai.bundle", "run", run_id, "--config_file", f"configs/{config}.json", *flags)
+
+    patient = data / "training" / "patient002"
+    run_it("inferring", "inference", patient)
     for label in (maps := sorted((bundle / "eval").glob("*_seg.nii.gz"))):
-        image = nib.load(data / label.name.replace("_seg", ""))
+        image = nib.load(patient / label.name.replace("_seg", ""))
         assert nib.load(label).shape == image.shape and np.array_equal(nib.load(label).affine, image.affine)
     assert len(maps) == 2
-    code = "import monai.bundle as b; print(type(b.load('fias_acdc', bundle_dir='..')))"
-    assert "scripts.networks.fias.FIAS" in alone("-c", code, cwd=bundle)
+    log = run_it("training", "train", epochs=1, num_workers=0)
+    tensors = len(torch.load(bundle / "models" / "model.pt"))
+    assert f"start from ./models/model.pt: {tensors} of {tensors} tensors taken" in log
+    run_it("evaluating", "evaluate")
+    assert "| Dice, % |" in (bundle / "eval" / "summary.md").read_text()
 
 
-def test_an_override_is_baked_in_under_another_name(tmp_path):
-    command = ["bundles/release.py", "danie_glas", "--output_dir", str(tmp_path), "--name", "danie_s_glas"]
-    run(*command, "--set", "{'size': 'small', 'batch_size': 4}")
+def test_the_printed_command_refuses_a_wrong_checksum(published, tmp_path, monkeypatch):
+    url, _, printed = published
+    (line,) = [line for line in printed.splitlines() if line.startswith("python -c ")]
+    monkeypatch.chdir(tmp_path)
+    code = line.removeprefix('python -c "').removesuffix('"')
+    with pytest.raises(HashCheckError, match="may be corrupted or tampered with"):
+        exec(code.replace("hash_val='", "hash_val='0"))
+    assert not list(tmp_path.iterdir())
+    exec(code)
+    assert (tmp_path / "fias_acdc" / "configs" / "train.json").is_file()
+
+
+def test_github_s_layout_is_what_monai_reads(published, tmp_path, monkeypatch):
+    """With the local server in the place of GitHub's two hosts: the index at the tag, the zip at its release."""
+    url, folder, _ = published
+    index, asset = folder / "owner/repo/v1/models", folder / "owner/repo/releases/download/v1"
+    shutil.copytree(folder / "models", index)
+    asset.mkdir(parents=True)
+    shutil.copy(folder / "fias_acdc_v0.1.0.zip", asset)
+
+    def local(address: str) -> str:
+        return address.replace("https://raw.githubusercontent.com", url).replace("https://github.com", url)
+
+    scripts = monai.bundle.scripts
+    get, release_url = requests.get, scripts._get_git_release_url
+    monkeypatch.setattr(requests, "get", lambda address, **options: get(local(address), **options))
+    monkeypatch.setattr(scripts, "_get_git_release_url", lambda *a, **k: local(release_url(*a, **k)))
+    monai.bundle.download("fias_acdc", bundle_dir=tmp_path, source="github", repo="owner/repo/v1", progress=False)
+    assert (tmp_path / "fias_acdc" / "models" / "model.pt").is_file()
+
+
+def test_weights_elsewhere_are_fetched_and_checked_by_monai(release, server, weights, tmp_path, monkeypatch):
+    url, folder = server
+    release(folder / "large", weights_url=f"{url}/large")
+    with zipfile.ZipFile(folder / "large" / "fias_acdc_v0.1.0.zip") as archive:
+        assert not any("model.pt" in name for name in archive.namelist())
+        archive.extractall(tmp_path)
+    model = tmp_path / "fias_acdc" / "models" / "model.pt"
+    stored = folder / "large" / "fias_acdc_v0.1.0.pt"
+    stored.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(HashCheckError):
+        monai.bundle.download_large_files(str(tmp_path / "fias_acdc"))
+    assert not model.exists()
+    stored.write_bytes(weights.read_bytes())
+    monai.bundle.download_large_files(str(tmp_path / "fias_acdc"))
+    assert model.read_bytes() == weights.read_bytes()
+
+
+def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
+    values = {"size": "small", "batch_size": 4}
+    script.release("danie_glas", str(tmp_path), name="danie_s_glas", set=values, schema=str(schema))
     with zipfile.ZipFile(tmp_path / "danie_s_glas_v0.1.0.zip") as archive:
         train, inference = (json.loads(archive.read(f"danie_s_glas/configs/{n}.json")) for n in ("train", "inference"))
     assert train["size"] == inference["size"] == "small" and train["batch_size"] == 4
     assert train["name"] == inference["name"] == "danie_s_glas"
+    assert train["pretrained"] is True and train["start_from"] == ""  # no weights: as the bundle itself
 
 
-def test_what_must_not_be_released_is_refused(weights, tmp_path):
-    def refused(*options: str) -> str:
-        result = run("bundles/release.py", *options, "--output_dir", str(tmp_path), check=False)
-        assert result.returncode == 1 and not list(tmp_path.glob("*.zip"))
-        return result.stdout
-
-    assert "No bundle in" in refused("none_acdc")
-    assert "MONAI takes what follows '_v' for the version" in refused("fias_acdc", "--name", "fias_vessel")
-    assert "has the value colour" in refused("fias_acdc", "--set", "{'colour': 1}")
-    other = ["danie_acdc", "--set", "{'size': 'small'}", "--weights", str(weights)]
-    assert "are not those of this DANIE" in refused(*other)
+def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
+    strict = tmp_path / "strict.json"
+    strict.write_text(json.dumps({"type": "object", "required": ["colour"]}))
+    wrong = {
+        "'colour' is a required property": ["fias_acdc", {"schema": str(strict)}],
+        "No bundle in": ["none_acdc", {}],
+        "MONAI takes what follows '_v' for the version": ["fias_acdc", {"name": "fias_vessel"}],
+        "has the value colour": ["fias_acdc", {"set": {"colour": 1}}],
+        "No weights at": ["fias_acdc", {"weights": str(tmp_path / "none.pt")}],
+        "are not those of this DANIE": ["danie_acdc", {"set": {"size": "small"}, "weights": str(weights)}],
+    }
+    for message, (bundle, options) in wrong.items():
+        with pytest.raises((DataError, FileNotFoundError), match=message):
+            script.release(bundle, str(tmp_path / "dist"), **{"schema": str(schema), **options})
+        assert not (tmp_path / "dist").exists()
