@@ -116,6 +116,7 @@ def release(
 
 def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dict[str, bytes]:
     files = {str(p.relative_to(source)): p.read_bytes() for p in sorted((source / "docs").glob("*"))}
+    files["docs/guide.md"] = (ROOT / "bundles" / "README.md").read_bytes()
     files["LICENSE"] = (source / "LICENSE").read_bytes()
     model = Path(weights) if weights else source / "models" / "model.pt"
     if weights and not model.is_file():

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
-    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.pt`` all
-    that training goes on from: network, optimiser, gradient scaler, random state, epoch, best score. MONAI's
+    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.ckpt`` all
+    that training goes on from: network, optimiser, gradient scaler, random state, epoch, best score. (Of every file
+    ``*.pt`` there, MONAI Label would offer the shortest name first as a model.) MONAI's
     ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a restart.
 
     Args:
@@ -36,11 +37,11 @@ class Checkpoints:
         network: the network in training.
         optimizer: its optimiser.
         evaluator: the validation engine, whose key metric decides.
-        resume: start from ``last.pt``.
+        resume: start from ``last.ckpt``.
 
     Raises:
         ValueError: when ``resume`` is no truth value: on a command line, ``false`` is a text, and texts are true.
-        FileNotFoundError: at the start of a resumed training without ``last.pt``.
+        FileNotFoundError: at the start of a resumed training without ``last.ckpt``.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Checkpoints:
             logger.warning("no epoch was validated: model.pt holds the last one.")
 
     def save(self, trainer: Trainer) -> None:
-        """Write ``last.pt``, and ``model.pt`` when this epoch's validation is the best."""
+        """Write ``last.ckpt``, and ``model.pt`` when this epoch's validation is the best."""
         if trainer.state.rank != 0:
             return
         best = self.evaluator.state
@@ -89,11 +90,11 @@ class Checkpoints:
         }
         if trainer.scaler is not None:
             state["scaler"] = trainer.scaler.state_dict()
-        self._write("last.pt", state)
+        self._write("last.ckpt", state)
 
     def restore(self, trainer: Trainer) -> None:
-        """Take up the state of ``last.pt``."""
-        path = self.directory / "last.pt"
+        """Take up the state of ``last.ckpt``."""
+        path = self.directory / "last.ckpt"
         if not path.is_file():
             raise FileNotFoundError(f"Nothing to resume: no {path}. Train without --resume first.")
         state = torch.load(path, map_location="cpu", weights_only=True)

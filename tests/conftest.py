@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +37,15 @@ def run(
     if check and result.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
     return result
+
+
+def save_random(network: nn.Module, file: Path) -> None:
+    """Save a network's weights with random heads that give each picture several classes."""
+    torch.manual_seed(0)
+    for conv in network.heads.convs:
+        nn.init.normal_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    torch.save(network.state_dict(), file)
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,20 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
-from conftest import ROOT, run
+from conftest import ROOT, run, save_random
+
+from networks import FIAS
+from networks.datasets import cases
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
 SAMPLES = ["fias_acdc", "danie_glas"]
@@ -51,9 +56,10 @@ def pictures(name: str) -> bool:
 
 @pytest.fixture(scope="module")
 def trained(name, configs, data, run_bundle, tmp_path_factory) -> Path:
-    """A bundle root after one epoch of training; its log in ``log.txt``."""
+    """A bundle root after one epoch of training, tracked by MLflow; its log in ``log.txt``."""
     root = tmp_path_factory.mktemp(name)
-    result = run_bundle("training", f"{configs}/train.json", bundle_root=root, dataset_dir=data, epochs=1, **TRAIN)
+    options = {"bundle_root": root, "dataset_dir": data, "epochs": 1, "tracking": "mlflow", **TRAIN}
+    result = run_bundle("training", f"{configs}/train.json", **options)
     (root / "log.txt").write_text(result.stdout)
     return root
 
@@ -72,7 +78,7 @@ def one_case(data, pictures, tmp_path_factory) -> Path:
 def test_training_leaves_checkpoints_history_and_events(trained):
     state = torch.load(trained / "models" / "model.pt", weights_only=True)
     assert all(isinstance(v, torch.Tensor) for v in state.values())  # flat: MONAI Label and CheckpointLoader read it
-    last = torch.load(trained / "models" / "last.pt", weights_only=True)
+    last = torch.load(trained / "models" / "last.ckpt", weights_only=True)
     assert last["trainer"]["iteration"] == last["trainer"]["epoch_length"] > 0
     assert list((trained / "eval").glob("events.*"))
     with (trained / "eval" / "history.csv").open() as file:
@@ -81,6 +87,9 @@ def test_training_leaves_checkpoints_history_and_events(trained):
     log = (trained / "log.txt").read_text()
     assert re.search(r"loss=[\d.]+, dice=(nan|[\d.]+), slices/s=\d+", log)
     assert re.search(r"\d+ volumes, \d+ slices an epoch, .* MB in memory", log)
+    client = mlflow.MlflowClient(f"sqlite:///{trained}/eval/mlruns.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("monai_experiment").experiment_id])
+    assert run.data.metrics["train_loss"] > 0 and "val_mean_dice" in run.data.metrics
 
 
 def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run_bundle, pictures):
@@ -137,7 +146,7 @@ def test_evaluation_over_the_training_config_gives_the_same(trained, configs, da
 @samples
 def test_resume_takes_up_epoch_optimiser_best_score_and_history(trained, configs, data, run_bundle, tmp_path):
     shutil.copytree(trained, tmp_path / "root")
-    last = tmp_path / "root" / "models" / "last.pt"
+    last = tmp_path / "root" / "models" / "last.ckpt"
     before = torch.load(last, weights_only=True)
     before["best"]["best_metric"] = 2.0  # out of reach: a resumed run must not think its first epoch the best
     torch.save(before, last)
@@ -199,31 +208,51 @@ def test_runs_from_the_bundle_s_own_folder(trained, configs, one_case, run_bundl
     assert len(list((root / "eval").glob("*_seg.*"))) == 1
 
 
-@pytest.mark.slow
-@samples
-def test_two_processes_give_the_metrics_of_one(trained, configs, data, run_bundle, tmp_path):
-    """torchrun with gloo: training ends in one model.pt, evaluation in the same tables as one process."""
+@pytest.fixture(scope="module")
+def torchrun(configs, data) -> Callable[..., str]:
+    """``torchrun(run_id, *files, **overrides)`` in two processes with gloo; their log."""
 
-    def torchrun(run_id: str, *files: str, root: Path) -> str:
+    def torchrun(run_id: str, *files: str, **overrides: object) -> str:
         config = str([f"{configs}/{file}.json" for file in files])
         launch = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run".split()
-        options = {**TRAIN, "bundle_root": root, "dataset_dir": data, "epochs": 1}
+        options = {**TRAIN, "dataset_dir": data, **overrides}
         del options["device"]
         arguments = [f"--{key}={value}" for key, value in options.items()]
         return run(*launch, run_id, "--config_file", config, *arguments, threads=1).stdout
 
-    def rows() -> list[str]:
-        return sorted((trained / "eval" / "cases.csv").read_text().splitlines())
+    return torchrun
 
-    torchrun("training", "train", "multi_gpu_train", root=tmp_path)
-    assert (tmp_path / "models" / "model.pt").is_file()
-    torchrun("evaluating", "evaluate", "multi_gpu_evaluate", root=trained)
-    together = rows()
-    run_bundle("evaluating", f"{configs}/evaluate.json", bundle_root=trained, dataset_dir=data, **QUICK)
-    assert [row.split(",")[0] for row in together] == [row.split(",")[0] for row in rows()]
-    for a, b in zip(together, rows(), strict=True):
+
+@pytest.mark.parametrize("name", ["fias_acdc"], indirect=True, scope="module")
+def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle, torchrun, tmp_path):
+    """The same tables and label maps, each case once."""
+    alone, together, ckpt = tmp_path / "alone", tmp_path / "together", {"ckpt_dir": tmp_path}
+    save_random(FIAS(1, 4), tmp_path / "model.pt")
+    options = {"dataset_dir": data, "output_dir": alone, **ckpt, **QUICK}
+    run_bundle("evaluating", f"{configs}/evaluate.json", **options)
+    run_bundle("inferring", f"{configs}/inference.json", **options)
+    torchrun("evaluating", "evaluate", "multi_gpu_evaluate", output_dir=together, **ckpt)
+    torchrun("inferring", "inference", "multi_gpu_evaluate", output_dir=together, **ckpt)
+    first, second = (sorted((f / "cases.csv").read_text().splitlines()) for f in (alone, together))
+    assert len(first) > 2 and [row.split(",")[0] for row in first] == [row.split(",")[0] for row in second]
+    for a, b in zip(first, second, strict=True):
         if not a.startswith("case"):
             np.testing.assert_allclose(*([float(v) for v in r.split(",")[1:]] for r in (a, b)), rtol=1e-4)
+        print(a, b, sep="\n")
+    maps = {str(p.relative_to(alone)): p.read_bytes() for p in alone.rglob("*_seg.*")}
+    assert len(maps) > 1 and maps == {str(p.relative_to(together)): p.read_bytes() for p in together.rglob("*_seg.*")}
+
+
+@pytest.mark.parametrize("name", ["fias_acdc"], indirect=True, scope="module")
+def test_two_processes_train_to_one_model(data, torchrun, tmp_path):
+    """With one validation case, which both then score."""
+    splits = {"training": cases("acdc", data, "train")[:4], "validation": cases("acdc", data, "validation")[:1]}
+    lists = {split: [{"image": c["image"], "label": c["label"]} for c in found] for split, found in splits.items()}
+    (tmp_path / "dataset.json").write_text(json.dumps(lists))
+    options = {"layout": "datalist", "dataset_dir": tmp_path / "dataset.json", "bundle_root": tmp_path, "epochs": 1}
+    torchrun("training", "train", "multi_gpu_train", **options)
+    assert (tmp_path / "models" / "model.pt").is_file()
+    assert len({file.name.split(".")[-2] for file in (tmp_path / "eval").glob("events.*")}) == 1  # one process's
 
 
 def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):
@@ -387,18 +416,27 @@ def test_verify_net_in_out_succeeds(configs):
 
 
 @samples
-def test_ckpt_export_gives_the_same_network(trained, configs, tmp_path):
+def test_ckpt_export_gives_the_same_network(name, trained, configs, one_case, run_bundle, tmp_path):
     weights = trained / "models" / "model.pt"
     file = tmp_path / "model.ts"
-    options = ["--filepath", str(file), "--ckpt_file", str(weights), "--size", "small"]
+    options = ["--filepath", str(file), "--ckpt_file", str(weights), "--size", "small", "--image_size", "32"]
     bundle_command("ckpt_export", configs, *options)
     parser = ConfigParser(json.loads((configs / "inference.json").read_text()))
-    parser["size"] = "small"
+    parser["size"], parser["image_size"] = "small", 32
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(weights, weights_only=True))
     x = torch.rand(2, network.in_channels, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(file)(x), network(x), atol=1e-5, rtol=1e-5)
+    maps = []
+    for files in (f"{configs}/inference.json", f"['{configs}/inference.json','{configs}/inference_ts.json']"):
+        root = trained / "models" if not maps else tmp_path
+        output = tmp_path / str(len(maps))
+        run_bundle("inferring", files, dataset_dir=one_case, ckpt_dir=root, output_dir=output, **QUICK)
+        (label,) = output.glob("*_seg.*")
+        maps.append(np.asarray(Image.open(label) if label.suffix == ".png" else nib.load(label).dataobj))
+    print(f"{name}: {np.mean(maps[0] == maps[1]):.6f} of the voxels equal")
+    assert np.mean(maps[0] == maps[1]) > 0.999  # an untrained network has ties
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from conftest import run
+from conftest import run, save_random
 
 from networks import DANIE, FIAS
 
@@ -42,11 +42,7 @@ def models(tmp_path_factory) -> Path:
     dist, models = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("app") / "model"
     for name, build in NETWORKS.items():
         torch.manual_seed(0)
-        network = build()
-        for conv in network.heads.convs:  # several classes in a picture
-            torch.nn.init.normal_(conv.weight)
-            torch.nn.init.zeros_(conv.bias)
-        torch.save(network.state_dict(), dist / "model.pt")
+        save_random(build(), dist / "model.pt")
         baked = "{'image_size': 64, 'num_workers': 0, 'size': 'small'}"
         baked = baked if "danie" in name else baked.replace(", 'size': 'small'", "")
         command = ["bundles/release.py", name, "--output_dir", dist, "--weights", dist / "model.pt", "--set", baked]
@@ -176,6 +172,8 @@ def test_training_and_scoring(server, models, studies, tmp_path):
         after = torch.load(app / name / "models" / "model.pt", weights_only=True)
         assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
     for name in NETWORKS:
+        config = ask("GET", f"{server}/info/").json()["trainers"][name]["config"]
+        assert config["model_filename"] == ["model.pt"]  # not the training state, whose weights it would not find
         ask("POST", f"{server}/scoring/{name}?run_sync=true", json={"device": "cpu"})
         info = ask("GET", f"{server}/datastore/image/info?image=permuted").json()
         print(name, json.dumps(info))

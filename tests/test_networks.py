@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS
+from networks import DANIE, FIAS, DataError, load_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -202,6 +202,14 @@ def test_script_saves_loads_and_equals(build):
         with pytest.raises(Exception, match="got an input of 3 channels"):
             scripted(image(1, 3, 64, 64))
     assert len(scripted.train()(x)) > 1
+
+
+def test_a_file_that_is_no_torchscript_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No network at .*model.ts. Export it by"):
+        load_torchscript(tmp_path / "model.ts")
+    (tmp_path / "model.ts").write_bytes(b"no network")
+    with pytest.raises(DataError, match=r"Cannot read .*model.ts as TorchScript"):
+        load_torchscript(tmp_path / "model.ts")
 
 
 def test_trace_equals(build):
