@@ -126,7 +126,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
         files["models/model.pt"] = model.read_bytes()
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((source / "configs").glob("*")):
-        text = config.read_text()
+        text = config.read_text(encoding="utf-8")
         if config.name != "metadata.json":
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
             for key, value in values.items():
@@ -136,7 +136,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
                 baked[key] = baked.get(key, True) or bool(found)
             text = text.replace('"networks.', '"scripts.networks.')
             text = text.replace('"$import networks"', '"$import scripts.networks as networks"')
-        files[f"configs/{config.name}"] = text.encode()
+        files[f"configs/{config.name}"] = text.encode("utf-8")
     missing = [key for key, found in baked.items() if not found]
     if missing:
         raise DataError(f"No config of {source.name} has the value {', '.join(missing)}.")
@@ -156,7 +156,7 @@ def _unpack(files: dict[str, bytes], folder: Path) -> None:
 
 def _check_metadata(metadata: Path, schema: Path) -> None:
     """The metadata follow the model zoo's schema; without a connection or file of it, say that this was not checked."""
-    address = json.loads(metadata.read_text())["schema"]
+    address = json.loads(metadata.read_text(encoding="utf-8"))["schema"]
     if not schema.is_file():
         try:
             download_url(address, schema, progress=False)
@@ -180,7 +180,8 @@ def _verify(folder: Path) -> None:
     if check.returncode:
         raise DataError(f"The network does not give what the metadata says:\n{check.stdout}{check.stderr}")
     if (folder / "models" / "model.pt").is_file():
-        config = (folder / "configs" / "inference.json").read_text().replace('"scripts.networks.', '"networks.')
+        config = (folder / "configs" / "inference.json").read_text(encoding="utf-8")
+        config = config.replace('"scripts.networks.', '"networks.')
         load_weights(ConfigParser(json.loads(config)).get_parsed_content("network_def"), folder / "models" / "model.pt")
 
 
@@ -200,7 +201,7 @@ def _note(target: Path, url: str) -> str:
     """Enter the zip's checksum in the index that ``monai.bundle download --source github`` reads; return it."""
     index = target.parent / "models" / "model_info.json"
     index.parent.mkdir(exist_ok=True)
-    known = json.loads(index.read_text()) if index.is_file() else {}
+    known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     digest = hashlib.sha1(target.read_bytes(), usedforsecurity=False).hexdigest()
     known[target.stem] = {"checksum": digest, "source": _address(url, target)}
     index.write_text(json.dumps(dict(sorted(known.items())), indent=4) + "\n")

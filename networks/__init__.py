@@ -1,6 +1,7 @@
 """Dual-path networks that segment volumes slice by slice, written for MONAI."""
 
 from . import datasets, files, handlers, metrics, report, slices
+from .blocks import fold_batch_norm
 from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
@@ -17,6 +18,7 @@ __all__ = [
     "datasets",
     "explain_errors",
     "files",
+    "fold_batch_norm",
     "handlers",
     "load_matching",
     "load_torchscript",

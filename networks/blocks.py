@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = [
     "ConvNormAct",
@@ -15,6 +16,7 @@ __all__ = [
     "SumFusion",
     "check_input",
     "check_spatial_dims",
+    "fold_batch_norm",
     "pad_to_multiple",
     "upsample",
 ]
@@ -132,6 +134,24 @@ def pad_to_multiple(x: Tensor, multiple: tuple[int, int]) -> Tensor:
     return F.pad(x, [0, -x.shape[3] % multiple[1], 0, -x.shape[2] % multiple[0]])
 
 
+def fold_batch_norm(network: nn.Module) -> None:
+    """Fold each batch normalisation into the convolution before it, for inference: the same output to rounding.
+
+    Convolution and normalisation are taken for a pair where a module registers one right after the other, as this
+    package's blocks and timm's MaxViT do. An activation inside the normalisation (timm) stays. The network can then
+    neither train nor load weights.
+
+    Args:
+        network: in eval mode; changed in place.
+    """
+    for module in network.modules():
+        children = list(module.named_children())
+        for (name, conv), (norm_name, norm) in zip(children, children[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
+
+
 def upsample(x: Tensor, like: Tensor) -> Tensor:
     """Resize ``x`` bilinearly to the height and width of ``like``.
 
@@ -158,7 +178,7 @@ def check_spatial_dims(network: str, spatial_dims: int) -> None:
     if spatial_dims != 2:
         raise ValueError(
             f"{network} segments 2D slices: expected spatial_dims=2, got {spatial_dims}. "
-            "For volumes, run it over slices with monai.inferers.SliceInferer."
+            "For volumes, run it over slices with networks.slices.LabelInferer."
         )
 
 

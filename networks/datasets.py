@@ -238,7 +238,7 @@ def _folder(root: Path) -> Splits:
 def _datalist(root: Path) -> Splits:
     """MONAI's form of the Decathlon's ``dataset.json``, with lists ``training``, ``validation`` and ``test``."""
     try:
-        keys = json.loads(root.read_text())
+        keys = json.loads(root.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {root} as a datalist: {error}. Set dataset_dir to the JSON file.") from error
     splits: Splits = {}

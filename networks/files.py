@@ -267,7 +267,7 @@ def whole_file(target: Path) -> Iterator[str]:
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a table with a line of column names, whole or not at all."""
-    with whole_file(path) as name, open(name, "w", newline="") as file:
+    with whole_file(path) as name, open(name, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])
 
 

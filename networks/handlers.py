@@ -205,5 +205,5 @@ def read_history(path: Path) -> list[dict[str, str]]:
     """Rows of a ``history.csv``; none where there is no such file."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -94,7 +94,7 @@ class Report:
         summary = summary_table(details, labels, self.convention, pooled)
         table = f"{summary}\n\n{case_table(scores, names, labels)}\n"
         with whole_file(self.output_dir / "summary.md") as name:
-            Path(name).write_text(table)
+            Path(name).write_text(table, encoding="utf-8")
         columns = [f"{_short(metric)} {label}" for metric in details for label in labels]
         rows = torch.cat(list(details.values()), 1).tolist()
         cells = [[case, *(f"{value:.6g}" for value in row)] for case, row in zip(names, rows, strict=True)]

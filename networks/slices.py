@@ -1,12 +1,13 @@
 """Volumes to slices and back, for 2D networks on 3D images.
 
-NIfTI volume -> load and check -> orientation -> intensity -> in-plane resize -> slices along the last axis
--> 2D network -> logits stacked to a volume -> inverse transforms -> label map with the input's exact shape and affine.
+NIfTI volume -> load and check -> orientation -> intensity -> slices along the last axis -> in-plane resize
+-> 2D network -> logits resized back -> label map -> inverse orientation -> label map with the input's exact shape and
+affine.
 
 A picture, such as a photograph or a histology image, is a volume of one slice: it goes the same way.
 
-MONAI does most of it (``SliceInferer``, ``Invertd``, the cache classes); here is what it lacks: slicing across thick
-slices whichever way the volume is stored, and a dataset of slices that takes volumes.
+MONAI does most of it (``Invertd``, the cache classes); here is what it lacks: slicing across thick slices whichever way
+the volume is stored, an inferer that keeps no logits of a whole volume, and a dataset of slices that takes volumes.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import CacheDataset, MetaTensor, PersistentDataset
+from monai.inferers import Inferer
 from monai.transforms import (
     Compose,
     InvertibleTransform,
@@ -36,10 +40,12 @@ from torch.utils.data import Dataset
 from .errors import DataError
 
 __all__ = [
+    "LabelInferer",
     "SliceDataset",
     "SliceOrientationd",
     "SlicesFirstd",
     "VolumeDataset",
+    "has_bfloat16",
 ]
 
 logger = logging.getLogger(__name__)
@@ -114,6 +120,60 @@ class SlicesFirstd(MapTransform):
             volume = d[key].as_tensor() if isinstance(d[key], MetaTensor) else d[key]
             d[key] = volume.movedim(-1, 0).contiguous()
         return d
+
+
+class LabelInferer(Inferer):
+    """The label map of a volume by a 2D network, at the volume's own resolution.
+
+    Batches of slices are resized to the network's size, their logits resized back and reduced to the greatest class
+    before the next batch comes. Memory holds one byte per voxel, where MONAI's ``SliceInferer`` holds a float per voxel
+    and class, and an inverse of the resize twice that at the volume's resolution. The label map is the same.
+
+    A network in training mode, as MONAI Label's scoring runs it for the sake of its dropout, gives class probabilities
+    at the network's size instead.
+
+    Args:
+        size: height and width that the network sees.
+        batch_size: slices in one forward.
+        bfloat16: run the network in that type by autocast, which is faster where :func:`has_bfloat16` holds.
+
+    Shape:
+        ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit.
+    """
+
+    def __init__(self, size: Sequence[int], batch_size: int = 8, bfloat16: bool = False) -> None:
+        super().__init__()
+        self.size = (size[0], size[1])
+        self.batch_size = batch_size
+        self.bfloat16 = bfloat16
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        volumes = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        b, _, h, w, depth = volumes.shape
+        slices = volumes.movedim(4, 1).flatten(0, 1)
+        training = getattr(network, "training", False)
+        found = []
+        for batch in slices.split(self.batch_size):
+            x = _resize(batch, self.size)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+                logits = network(x, *args, **kwargs)
+            if training:
+                found.append(logits.float().softmax(1))
+            else:
+                found.append(_resize(logits.float(), (h, w)).argmax(1, keepdim=True).to(torch.uint8))
+        labels = torch.cat(found).unflatten(0, (b, depth)).movedim(1, 4)
+        return MetaTensor(labels).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else labels
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device computes in bfloat16 by instructions of its own: a recent GPU, or a CPU with AVX-512 or AMX."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class VolumeDataset(CacheDataset):

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def run(
-    *command: str, cwd: Path = ROOT, check: bool = True, threads: int = 2, path: Path | str = ROOT
+    *command: str, cwd: Path = ROOT, check: bool = True, threads: int = THREADS, path: Path | str = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run a command line with ``path`` importable, by default this tree; its output in one string."""
     env = {**os.environ, "PYTHONPATH": str(path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
@@ -39,13 +41,18 @@ def run(
     return result
 
 
-def save_random(network: nn.Module, file: Path) -> None:
-    """Save a network's weights with random heads that give each picture several classes."""
+def random_heads(network: nn.Module) -> nn.Module:
+    """Give a network random heads that find several classes in each picture."""
     torch.manual_seed(0)
     for conv in network.heads.convs:
         nn.init.normal_(conv.weight)
         nn.init.zeros_(conv.bias)
-    torch.save(network.state_dict(), file)
+    return network
+
+
+def save_random(network: nn.Module, file: Path) -> None:
+    """Save a network's weights with :func:`random_heads`."""
+    torch.save(random_heads(network).state_dict(), file)
 
 
 @pytest.fixture(scope="session")

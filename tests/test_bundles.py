@@ -32,6 +32,8 @@ QUICK = {"image_size": 32, "num_workers": 0, "device": "cpu", "size": "small"}
 TRAIN = {**QUICK, "pretrained": False}
 
 samples = pytest.mark.parametrize("name", SAMPLES, indirect=True, scope="module")
+of_volumes = pytest.mark.parametrize("name", SAMPLES[:1], indirect=True, scope="module")
+of_pictures = pytest.mark.parametrize("name", SAMPLES[1:], indirect=True, scope="module")
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
@@ -95,7 +97,7 @@ def test_training_leaves_checkpoints_history_and_events(trained):
 def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run_bundle, pictures):
     arguments = {"bundle_root": trained, "dataset_dir": data, **QUICK}
     log = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
-    summary = (trained / "eval" / "summary.md").read_text()
+    summary = (trained / "eval" / "summary.md").read_text(encoding="utf-8")
     assert summary.strip() in log and "| Dice, % |" in summary and "mean ± standard deviation" in summary
     assert ("| HD95, mm |" in summary) != pictures
     assert ("| Dice over all pixels, % |" in summary) == ("isic" in name)
@@ -132,18 +134,18 @@ def test_run_names_the_one_entry_of_each_config(configs):
         assert config["run"] == [f"$@{run_id}"] and len(config[run_id]) == 1
 
 
-@samples
+@of_volumes
 def test_evaluation_over_the_training_config_gives_the_same(trained, configs, data, run_bundle):
     arguments = {"bundle_root": trained, "dataset_dir": data, **TRAIN}
     alone = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
-    table = (trained / "eval" / "summary.md").read_text().strip()
+    table = (trained / "eval" / "summary.md").read_text(encoding="utf-8").strip()
     assert table in alone
     assert table in run_bundle("run", f"['{configs}/train.json','{configs}/evaluate.json']", **arguments).stdout
     papers = run_bundle("evaluating", f"{configs}/evaluate.json", convention="papers", **arguments).stdout
     assert "The papers' convention: voxels" in papers
 
 
-@samples
+@of_volumes
 def test_resume_takes_up_epoch_optimiser_best_score_and_history(trained, configs, data, run_bundle, tmp_path):
     shutil.copytree(trained, tmp_path / "root")
     last = tmp_path / "root" / "models" / "last.ckpt"
@@ -165,7 +167,7 @@ def test_resume_takes_up_epoch_optimiser_best_score_and_history(trained, configs
     assert "nothing to train" in run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
 
 
-@samples
+@of_pictures
 def test_your_own_data_trains_by_overrides_from_another_checkpoint(trained, configs, data, run_bundle, tmp_path):
     """A folder of images and labels with three classes, started from a checkpoint of the bundle's own."""
     for folder in ("images", "labels"):
@@ -189,7 +191,7 @@ def test_your_own_data_trains_by_overrides_from_another_checkpoint(trained, conf
     assert f"start from {start}: {total - len(heads)} of {total} tensors taken" in log
     assert f"{len(heads)} tensors in the file, left out: {', '.join(sorted(heads))}" in log
     run_bundle("evaluating", f"{configs}/evaluate.json", **own, **QUICK)
-    assert "class 2" in (tmp_path / "root" / "eval" / "summary.md").read_text()
+    assert "class 2" in (tmp_path / "root" / "eval" / "summary.md").read_text(encoding="utf-8")
     cases = [{"image": str(f), "label": f"labels/{f.name}"} for f in sorted((tmp_path / "images").iterdir())]
     cases = [{**c, "image": f"images/{Path(c['image']).name}"} for c in cases]
     datalist = tmp_path / "dataset.json"
@@ -223,7 +225,7 @@ def torchrun(configs, data) -> Callable[..., str]:
     return torchrun
 
 
-@pytest.mark.parametrize("name", ["fias_acdc"], indirect=True, scope="module")
+@of_volumes
 def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle, torchrun, tmp_path):
     """The same tables and label maps, each case once."""
     alone, together, ckpt = tmp_path / "alone", tmp_path / "together", {"ckpt_dir": tmp_path}
@@ -246,7 +248,7 @@ def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle
         assert np.mean(a == b) > 0.9999  # the number of threads changes rounding
 
 
-@pytest.mark.parametrize("name", ["fias_acdc"], indirect=True, scope="module")
+@of_volumes
 def test_two_processes_train_to_one_model(data, torchrun, tmp_path):
     """With one validation case, which both then score."""
     splits = {"training": cases("acdc", data, "train")[:4], "validation": cases("acdc", data, "validation")[:1]}
@@ -310,7 +312,7 @@ def _fails(run_bundle, name: str, data: Path, root: Path, message: str) -> None:
     assert not (root / "models").exists()
 
 
-@samples
+@of_pictures
 def test_wrong_weights_end_in_one_sentence(trained, configs, data, run_bundle, tmp_path):
     arguments = {"dataset_dir": data, **QUICK}
     absent = run_bundle("evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=tmp_path, **arguments)
@@ -354,7 +356,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
         assert evaluate[key] == inference[key]
     for a, b in ((train, evaluate), (evaluate, inference)):
         for key in a.keys() & b.keys() - {
-            *("network_def", "initialize", "run", "num_workers", "imports"),
+            *("network_def", "network", "initialize", "run", "num_workers", "imports"),
             *("preprocessing", "postprocessing", "dataset", "handlers", "evaluator"),
         }:
             assert a[key] == b[key], key
@@ -418,7 +420,7 @@ def test_verify_net_in_out_succeeds(configs):
     bundle_command("verify_net_in_out", configs, "--device", "cpu")
 
 
-@samples
+@of_pictures
 def test_ckpt_export_gives_the_same_network(name, trained, configs, one_case, run_bundle, tmp_path):
     weights = trained / "models" / "model.pt"
     file = tmp_path / "model.ts"

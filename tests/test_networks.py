@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS, DataError, load_torchscript
+from networks import DANIE, FIAS, DataError, fold_batch_norm, load_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -189,6 +189,20 @@ def test_channels_last_gives_the_same(build):
         plain = net(x)
         last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(last, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_folded_batch_norm_gives_the_same(build):
+    net, x = build().eval(), image(2, 1, 64, 64)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    with torch.no_grad():
+        plain = net(x)
+        before = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+        fold_batch_norm(net)
+        torch.testing.assert_close(net(x), plain, atol=1e-4, rtol=1e-4)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < before / 3  # MaxViT has some before convolutions
 
 
 def test_script_saves_loads_and_equals(build):

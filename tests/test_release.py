@@ -128,7 +128,7 @@ def test_a_download_trains_evaluates_infers_and_loads_without_this_repository(pu
     tensors = len(torch.load(bundle / "models" / "model.pt"))
     assert f"start from ./models/model.pt: {tensors} of {tensors} tensors taken" in log
     run_it("evaluating", "evaluate")
-    assert "| Dice, % |" in (bundle / "eval" / "summary.md").read_text()
+    assert "| Dice, % |" in (bundle / "eval" / "summary.md").read_text(encoding="utf-8")
 
 
 def test_the_printed_command_refuses_a_wrong_checksum(published, tmp_path, monkeypatch):

@@ -10,14 +10,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import random_heads
 from monai.bundle import ConfigParser
-from monai.data import DataLoader
-from monai.transforms import LoadImage
+from monai.data import DataLoader, MetaTensor
+from monai.inferers import SliceInferer
+from monai.transforms import Invertd, LoadImage, Resized
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
+from networks import FIAS
 from networks.files import LoadVolumed
-from networks.slices import SliceDataset, SliceOrientationd
+from networks.slices import LabelInferer, SliceDataset, SliceOrientationd, has_bfloat16
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +96,7 @@ def infer(tmp_path):
         parser.read_config(ROOT / "bundles/fias_acdc/configs/inference.json")
         parser.read_meta(ROOT / "bundles/fias_acdc/configs/metadata.json")
         parser.update({"dataset_dir": str(folder), "output_dir": str(tmp_path / "out"), "image_size": 64})
-        parser.update({"network": ByIntensity(), "device": torch.device("cpu"), "amp": False})
+        parser.update({"network": ByIntensity(), "device": torch.device("cpu"), "bfloat16": False})
         parser.get_parsed_content("evaluator").run()
         return tmp_path / "out"
 
@@ -111,6 +114,41 @@ def test_label_map_lies_on_its_image_however_it_is_stored(stored, infer, tmp_pat
     assert label.shape == image.shape and label.get_data_dtype() == np.uint8
     assert np.array_equal(label.affine, image.affine)
     assert np.mean(np.asarray(label.dataobj) == volume) > 0.97
+
+
+def test_label_inferer_gives_the_plain_recipe_s_labels():
+    """As MONAI's resize of the volume, SliceInferer, inverse of the resize, greatest class."""
+    torch.manual_seed(0)
+    network = random_heads(FIAS(1, 4)).eval()
+    image = MetaTensor(torch.rand(1, 12, 10, 7).repeat_interleave(5, 1).repeat_interleave(4, 2))
+    resize = Resized("image", [64, 64, -1], mode="trilinear")
+    case = resize({"image": image})
+    invert = Invertd("pred", resize, "image", nearest_interp=False)
+    with torch.no_grad():
+        case["pred"] = SliceInferer(roi_size=(64, 64), sw_batch_size=3, spatial_dim=2)(case["image"][None], network)[0]
+        labels = LabelInferer((64, 64), batch_size=3)(image[None], network)
+    plain = invert(case)["pred"].argmax(0)
+    assert labels.shape == (1, 1, 60, 40, 7) and labels.dtype == torch.uint8 and len(labels.unique()) > 1
+    assert torch.equal(labels[0, 0], plain.as_tensor().to(torch.uint8))
+    together = LabelInferer((64, 64))(torch.stack([image, image.flip(3)]), network)
+    assert together.shape == (2, 1, 60, 40, 7) and torch.equal(together[0], labels[0])
+
+
+def test_label_inferer_gives_probabilities_of_a_network_in_training_mode():
+    network = FIAS(1, 4, deep_supervision=False).train()
+    with torch.no_grad():
+        pred = LabelInferer((64, 64), batch_size=2)(torch.rand(1, 1, 40, 50, 5), network)
+    assert pred.shape == (1, 4, 64, 64, 5)
+    torch.testing.assert_close(pred.sum(1), torch.ones(1, 64, 64, 5))
+
+
+def test_bfloat16_is_taken_where_asked():
+    def network(x):
+        assert torch.is_autocast_enabled("cpu")
+        return torch.cat([x, 1 - x], 1)
+
+    assert LabelInferer((32, 32), bfloat16=True)(torch.zeros(1, 1, 32, 32, 2), network).all()
+    assert isinstance(has_bfloat16("cpu"), bool)
 
 
 def test_single_slice_and_trailing_channel_keep_their_exact_shape(infer, tmp_path):

@@ -1,65 +1,71 @@
-"""Time the networks beside MONAI's 2D UNet, in interleaved rounds of one process.
+"""Time and memory of the networks beside their peers, in interleaved rounds of one process.
 
-    python tests/benchmarks/speed.py [--rounds 9] [--batch 4] [--side 256]
+    python tests/benchmarks/speed.py [--settings plain,prepared,bfloat16] [--only FIAS,UNet] [--device cuda]
 
-Prints parameters, multiply-accumulates (``torch.utils.flop_counter``, halved, attention through its plain kernel),
-the median milliseconds per slice of an inference in fp32, and the ratio to the UNet of the same round.
+A table per setting: ``plain`` is fp32 as constructed, ``prepared`` as the bundles infer (batch normalisation folded,
+channels last), ``bfloat16`` that under autocast, ``compiled`` that under ``torch.compile``. Latency is of one slice,
+time and ratio of a slice in a batch; the ratio is the median over rounds of that to the first network's in the same
+round. Peers are prepared as far as they let themselves. Multiply-accumulates by ``torch.utils.flop_counter``, halved.
+Kept are the activations that a training step of two slices holds for its backward pass.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import fire
 import torch
-from monai.networks.nets import UNet
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from measure import NETWORKS, Prepared, kept_for_backward, macs, peak_memory, table, wait
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from networks import DANIE, FIAS  # noqa: E402
-
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "MONAI UNet": lambda side: UNet(2, 1, 4, (32, 64, 128, 256, 512), (2, 2, 2, 2), num_res_units=2),
-    "FIAS": lambda side: FIAS(1, 4),
-    "DANIE-S": lambda side: DANIE(1, 4, size="small", img_size=side),
-    "DANIE-L": lambda side: DANIE(1, 4, size="large", img_size=side),
-}
+COLUMNS = ("network", "parameters, M", "MACs, G", "latency, ms", "ms a slice", "ratio", "peak, MB", "kept, MB")
 
 
-def macs(network: nn.Module, side: int) -> float:
-    """Multiply-accumulates of one slice."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        network(torch.zeros(1, 1, side, side))
-    return counter.get_total_flops() / 2
+def main(
+    settings: str | tuple[str, ...] = ("plain", "prepared"),
+    only: str | tuple[str, ...] = (),
+    rounds: int = 5,
+    batch: int = 4,
+    side: int = 256,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Print the tables.
 
-
-def main(rounds: int = 9, batch: int = 4, side: int = 256) -> None:
-    networks = {name: build(side).eval() for name, build in NETWORKS.items()}
-    x = torch.rand(batch, 1, side, side)
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    with torch.inference_mode():
-        for _ in range(rounds + 1):  # the first warms up
-            for name, network in networks.items():
-                start = time.perf_counter()
-                network(x)
-                times[name].append((time.perf_counter() - start) / batch)
-    first = times["MONAI UNet"][1:]
-    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{side} x {side}, batch {batch}, {rounds} rounds, {threads}")
-    print("\n| network | parameters, M | multiply-accumulates, G | ms per slice | ratio |\n|---|---:|---:|---:|---:|")
-    for name, network in networks.items():
-        parameters = sum(p.numel() for p in network.parameters()) / 1e6
-        found = times[name][1:]
-        ratio = median(t / u for t, u in zip(found, first, strict=True))
-        cost = macs(network, side) / 1e9
-        print(f"| {name} | {parameters:.1f} | {cost:.2f} | {1e3 * median(found):.0f} | {ratio:.2f} |")
+    Args:
+        settings: of ``plain``, ``prepared``, ``bfloat16``, ``compiled``.
+        only: parts of names; the first network, the base of the ratios, is always there.
+        rounds: each times every network once, after one that warms up.
+        batch: slices in a batch.
+        side: height and width.
+        device: where to run.
+    """
+    chosen = [only] if isinstance(only, str) else list(only)
+    names = [n for i, n in enumerate(NETWORKS) if i == 0 or not chosen or any(part in n for part in chosen)]
+    x = torch.rand(batch, 1, side, side, device=device)
+    threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    for setting in [settings] if isinstance(settings, str) else settings:
+        torch.manual_seed(0)
+        built = {name: NETWORKS[name](side).to(device) for name in names}
+        networks = {name: Prepared(network, setting) for name, network in built.items()}
+        single: dict[str, list[float]] = {name: [] for name in names}
+        whole: dict[str, list[float]] = {name: [] for name in names}
+        with torch.inference_mode():
+            for _ in range(rounds + 1):
+                for name, network in networks.items():
+                    for slices, times in ((x[:1], single), (x, whole)):
+                        start = wait(x.device)
+                        network(slices)
+                        times[name].append(1e3 * (wait(x.device) - start) / len(slices))
+            peaks = {name: peak_memory(lambda n=network: n(x), x.device) for name, network in networks.items()}
+        rows = []
+        for name, network in built.items():
+            parameters = sum(p.numel() for p in network.parameters()) / 1e6
+            kept = kept_for_backward(network.train(), x[:2]) / 1e6
+            ratio = median(t / u for t, u in zip(whole[name][1:], whole[names[0]][1:], strict=True))
+            times = (f"{median(single[name][1:]):.1f}", f"{median(whole[name][1:]):.1f}", f"{ratio:.2f}")
+            cost = macs(network.eval(), x) / 1e9
+            rows.append((name, f"{parameters:.1f}", f"{cost:.2f}", *times, f"{peaks[name] / 1e6:.0f}", f"{kept:.0f}"))
+        print(f"\n{setting}: {side} x {side}, batch {batch}, {rounds} rounds, {threads}, torch {torch.__version__}\n")
+        print(table(COLUMNS, rows))
 
 
 if __name__ == "__main__":

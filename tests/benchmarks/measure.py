@@ -1,0 +1,118 @@
+"""What the benchmarks share: networks to compare, clocks that wait for the device, memory, Markdown."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from monai.networks.nets import UNETR, AttentionUnet, DynUNet, SwinUNETR, UNet
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from networks import DANIE, FIAS, fold_batch_norm  # noqa: E402
+
+__all__ = ["NETWORKS", "Prepared", "kept_for_backward", "macs", "peak_memory", "table", "wait"]
+
+try:
+    from segmentation_models_pytorch import UnetPlusPlus
+except ImportError:
+    UnetPlusPlus = None
+
+PLAN = (32, 64, 128, 256, 512, 512, 512)  # nnU-Net's features for slices of 256 x 256
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "MONAI UNet": lambda side: UNet(2, 1, 4, (32, 64, 128, 256, 512), (2, 2, 2, 2), num_res_units=2),
+    "FIAS": lambda side: FIAS(1, 4, deep_supervision=False),
+    "DANIE-S": lambda side: DANIE(1, 4, size="small", img_size=side),
+    "DANIE-L": lambda side: DANIE(1, 4, size="large", img_size=side),
+    "AttentionUnet": lambda side: AttentionUnet(2, 1, 4, (32, 64, 128, 256, 512), (2, 2, 2, 2)),
+    "DynUNet, nnU-Net's 2D plan": lambda side: DynUNet(
+        2, 1, 4, [3] * 7, [1] + [2] * 6, [2] * 6, PLAN, norm_name="instance"
+    ),
+    "UNETR": lambda side: UNETR(1, 4, (side, side), spatial_dims=2),
+    "SwinUNETR, 48 features": lambda side: SwinUNETR(1, 4, feature_size=48, spatial_dims=2),
+}
+if UnetPlusPlus is not None:
+    NETWORKS["Unet++, ResNet-34"] = lambda side: UnetPlusPlus(
+        "resnet34", encoder_weights=None, in_channels=1, classes=4
+    )
+
+
+class Prepared(nn.Module):
+    """A copy of a network in one of the settings."""
+
+    def __init__(self, network: nn.Module, setting: str) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).eval()
+        self.bfloat16 = setting in ("bfloat16", "compiled")
+        if setting != "plain":
+            fold_batch_norm(self.network)
+            self.network.to(memory_format=torch.channels_last)
+        if setting == "compiled":
+            self.network.compile()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.network(x)
+
+
+def wait(device: torch.device) -> float:
+    """The time when a device has done all that was asked of it, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def macs(network: nn.Module, x: Tensor) -> float:
+    """Multiply-accumulates of one slice, attention through its plain kernel."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        network(x[:1])
+    return counter.get_total_flops() / 2
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+    """Bytes that a call takes at its peak, beyond what is held before it; on a CPU of resident memory (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> float:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
+
+
+def kept_for_backward(network: nn.Module, x: Tensor) -> float:
+    """Bytes of activations that a training step keeps for its backward pass."""
+    own = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = network(x)
+    del output
+    return sum(kept.values())
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all columns but the first flushed right."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
