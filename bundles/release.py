@@ -24,6 +24,7 @@ fetched. MONAI Label, which trains without asking for more, can so train offline
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -35,6 +36,7 @@ from typing import Any
 from urllib.error import URLError
 
 import fire
+import torch
 from monai.apps.utils import download_url
 from monai.bundle import ConfigParser, verify_metadata
 
@@ -42,6 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from networks import DataError, explain_errors, load_weights  # noqa: E402
+from networks.files import whole_file  # noqa: E402
+from networks.weights import read_weights  # noqa: E402
 
 
 def release(
@@ -78,6 +82,8 @@ def release(
             no config, the network does not give what the metadata says, or the weights do not fit it.
     """
     if bundle == "all":
+        if name or set or weights:
+            raise DataError("name, set and weights belong to one bundle: release it by its own name.")
         for metadata_file in sorted((ROOT / "bundles").glob("*/configs/metadata.json")):
             release(metadata_file.parents[1].name, output_dir, url=url, weights_url=weights_url, schema=schema)
         return output_dir
@@ -99,9 +105,10 @@ def release(
     target.parent.mkdir(parents=True, exist_ok=True)
     if weights_url and "models/model.pt" in files:
         apart = target.with_suffix(".pt")
-        apart.write_bytes(files.pop("models/model.pt"))
+        with whole_file(apart) as partial:
+            Path(partial).write_bytes(files.pop("models/model.pt"))
         files["large_files.yml"] = _large_file(apart, weights_url).encode()
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+    with whole_file(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for path in sorted(files):
             entry = zipfile.ZipInfo(f"{name}/{path}", (2020, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
@@ -123,17 +130,21 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
         raise FileNotFoundError(f"No weights at {model}.")
     baked = dict.fromkeys(values, False)
     if model.is_file():
-        files["models/model.pt"] = model.read_bytes()
+        flat = io.BytesIO()  # bare, on the CPU: MONAI Label and the exports read it leniently, without saying where to
+        torch.save(read_weights(model), flat)
+        files["models/model.pt"] = flat.getvalue()
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
-    for config in sorted((source / "configs").glob("*")):
+    for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):
         text = config.read_text(encoding="utf-8")
         if config.name != "metadata.json":
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
             for key, value in values.items():
-                text, found = re.subn(
-                    rf'^    "{key}": .*?(,?)$', rf'    "{key}": {json.dumps(value)}\1', text, flags=re.M
-                )
-                baked[key] = baked.get(key, True) or bool(found)
+                line = f'    "{key}": {json.dumps(value)}'
+                pattern = rf'^    "{re.escape(key)}": .*?(,?)$'
+                match = re.search(pattern, text, re.M)
+                if match:
+                    text = text[: match.start()] + line + match[1] + text[match.end() :]
+                baked[key] = baked.get(key, True) or match is not None
             text = text.replace('"networks.', '"scripts.networks.')
             text = text.replace('"$import networks"', '"$import scripts.networks as networks"')
         files[f"configs/{config.name}"] = text.encode("utf-8")
@@ -143,9 +154,19 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
     files["scripts/__init__.py"] = b""
     for module in sorted((ROOT / "networks").glob("*.py")):
         files[f"scripts/networks/{module.name}"] = module.read_bytes()
+    for path, content in files.items():
+        if path.endswith(".json"):
+            _parse(path, content)
     if (source / "large_files.yml").is_file():
         files["large_files.yml"] = (source / "large_files.yml").read_bytes()
     return files
+
+
+def _parse(path: str, content: bytes) -> None:
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON any more: set takes values of one line. ({error})") from error
 
 
 def _unpack(files: dict[str, bytes], folder: Path) -> None:
@@ -204,7 +225,8 @@ def _note(target: Path, url: str) -> str:
     known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     digest = hashlib.sha1(target.read_bytes(), usedforsecurity=False).hexdigest()
     known[target.stem] = {"checksum": digest, "source": _address(url, target)}
-    index.write_text(json.dumps(dict(sorted(known.items())), indent=4) + "\n")
+    with whole_file(index) as partial:
+        Path(partial).write_text(json.dumps(dict(sorted(known.items())), indent=4) + "\n")
     return digest
 
 

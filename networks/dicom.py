@@ -39,8 +39,8 @@ def check_series(folder: str | Path, tolerance: float = 0.1) -> None:
         tolerance: share of the usual distance between slices by which one may differ.
 
     Raises:
-        DataError: when there is no readable image, more than one series, a slice missing in between, or two at one
-            position.
+        DataError: when there is no readable image, more than one series or direction, a slice missing in between, two
+            at one position, or slices that are shifted against each other.
     """
     import itk  # takes a second
 
@@ -61,22 +61,43 @@ def check_series(folder: str | Path, tolerance: float = 0.1) -> None:
 def _check_spacing(folder: str, files: list[str], tolerance: float) -> None:
     import itk
 
-    places = []
+    origins, directions = [], []
     for file in files:
         header = itk.GDCMImageIO.New(FileName=file)
         header.ReadImageInformation()
-        normal = np.array(header.GetDirection(2))
-        places.append(float(np.array([header.GetOrigin(axis) for axis in range(3)]) @ normal))
-    order = np.argsort(places)
-    gaps = np.diff(np.array(places)[order])
-    if len(gaps) == 0:
+        origins.append([header.GetOrigin(axis) for axis in range(3)])
+        directions.append([header.GetDirection(axis) for axis in range(3)])
+    if len(files) == 1:
         return
+    if np.abs(np.array(directions) - directions[0]).max() > 1e-3:
+        raise DataError(f"{folder} holds slices of different directions. Put each stack into a folder of its own.")
+    normal = np.array(directions[0][2])
+    order = np.argsort(np.array(origins) @ normal)
+    steps = np.diff(np.array(origins)[order], axis=0)
+    gaps = steps @ normal
     usual = float(np.median(gaps))
-    for position in np.flatnonzero(np.abs(gaps - usual) > tolerance * usual + 1e-3):
-        first, second = (Path(files[order[position + i]]).name for i in (0, 1))
-        gap = float(gaps[position])
-        what = "two slices lie at one position" if gap < 0.5 * usual else "slices are missing or unevenly spaced"
+
+    def pair(at: int) -> str:
+        first, second = (Path(files[order[at + i]]).name for i in (0, 1))
+        return f"{first} and {second}"
+
+    if gaps.min() < 1e-3:
+        at = int(gaps.argmin())
         raise DataError(
-            f"{folder}: {what}. {first} and {second} are {gap:.2f} mm apart, the others {usual:.2f} mm. "
-            "Export the whole series again, or one volume per folder."
+            f"{folder}: two slices lie at one position, {pair(at)}. Are they phases of a series over time, or copies? "
+            "Put one volume into a folder of its own."
+        )
+    uneven = np.abs(gaps - usual) - tolerance * usual
+    if uneven.max() > 1e-3:
+        at = int(uneven.argmax())
+        raise DataError(
+            f"{folder}: slices are missing or unevenly spaced. {pair(at)} are {gaps[at]:.2f} mm apart, the others "
+            f"{usual:.2f} mm. Export the whole series again."
+        )
+    shifts = np.linalg.norm(steps - gaps[:, None] * normal, axis=1)
+    if shifts.max() > tolerance * usual:
+        at = int(shifts.argmax())
+        raise DataError(
+            f"{folder}: slices are shifted against each other, as by a tilted gantry: {pair(at)} by "
+            f"{shifts[at]:.2f} mm. Resample the series to a straight volume first."
         )

@@ -70,7 +70,7 @@ class Checkpoints:
     def ensure(self, trainer: Trainer) -> None:
         """Write ``model.pt`` at the end of a training that was too short to be validated, or had nothing to score."""
         if trainer.state.rank == 0 and self.evaluator.state.best_metric_epoch < 1:
-            self._write("model.pt", self.network.state_dict())
+            self._write_model()
             logger.warning("no epoch was validated: model.pt holds the last one.")
 
     def save(self, trainer: Trainer) -> None:
@@ -79,7 +79,7 @@ class Checkpoints:
             return
         best = self.evaluator.state
         if best.best_metric_epoch == trainer.state.epoch:
-            self._write("model.pt", self.network.state_dict())
+            self._write_model()
             logger.info(f"epoch {trainer.state.epoch}: best {best.key_metric_name} {best.best_metric:.4f}")
         state = {
             "network": self.network.state_dict(),
@@ -113,6 +113,10 @@ class Checkpoints:
         if trainer.state.epoch >= epochs:
             logger.warning(f"{path} has all of {epochs} epochs: nothing to train. Ask for more with --epochs.")
             trainer.terminate()
+
+    def _write_model(self) -> None:
+        # From the CPU: exports and MONAI Label load it without saying where to, on machines without a GPU too.
+        self._write("model.pt", {name: tensor.cpu() for name, tensor in self.network.state_dict().items()})
 
     def _write(self, name: str, state: Any) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)

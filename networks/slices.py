@@ -135,13 +135,13 @@ class LabelInferer(Inferer):
     Args:
         size: height and width that the network sees.
         batch_size: slices in one forward.
-        bfloat16: run the network in that type by autocast, which is faster where :func:`has_bfloat16` holds.
+        bfloat16: run the network in that type by autocast; None does so where :func:`has_bfloat16` holds.
 
     Shape:
         ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit.
     """
 
-    def __init__(self, size: Sequence[int], batch_size: int = 8, bfloat16: bool = False) -> None:
+    def __init__(self, size: Sequence[int], batch_size: int = 8, bfloat16: bool | None = None) -> None:
         super().__init__()
         self.size = (size[0], size[1])
         self.batch_size = batch_size
@@ -152,10 +152,11 @@ class LabelInferer(Inferer):
         b, _, h, w, depth = volumes.shape
         slices = volumes.movedim(4, 1).flatten(0, 1)
         training = getattr(network, "training", False)
+        bfloat16 = has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
         found = []
         for batch in slices.split(self.batch_size):
             x = _resize(batch, self.size)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
                 logits = network(x, *args, **kwargs)
             if training:
                 found.append(logits.float().softmax(1))
@@ -170,9 +171,9 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def has_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device computes in bfloat16 by instructions of its own: a recent GPU, or a CPU with AVX-512 or AMX."""
+    """Whether a device has instructions for bfloat16: a GPU from Ampere on, a CPU with AVX512_BF16 or AMX."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # a file, or a bundle, stays in one process: its fixtures train networks
+        bundle = item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {bundle}"))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

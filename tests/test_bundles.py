@@ -324,7 +324,7 @@ def test_wrong_weights_end_in_one_sentence(trained, configs, data, run_bundle, t
     assert re.search(r"heads.convs.0.weight is \[\d, .* in the file, \[9, .* in the network", other.stdout)
 
 
-def test_all_properties_resolve(name, configs, data):
+def test_all_properties_resolve(name, configs, data, tmp_path):
     for files, kind in {
         ("train",): "train",
         ("train", "evaluate"): "train",
@@ -336,6 +336,7 @@ def test_all_properties_resolve(name, configs, data):
             workflow_type=kind,
             logging_file=False,
             dataset_dir=str(data),
+            bundle_root=str(tmp_path),
             **TRAIN,
         )
         workflow.parser["initialize"] = []
@@ -366,7 +367,7 @@ def test_what_the_bundles_share_is_the_same_word_for_word(configs):
     """Bundles differ in named values at the top, the intensity transform, the network and its optimiser alone."""
     own = (
         "name dataset_dir layout suffixes ignore output_ext metrics pooled_metrics size in_channels num_classes epochs "
-        "batch_size dice_weight ce_weight dropout zoom_range shift_range pretrained deep_supervision"
+        "batch_size dice_weight ce_weight dropout zoom_range shift_range cache_validation pretrained deep_supervision"
     ).split()
 
     def shared(file: Path) -> str:

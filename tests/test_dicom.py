@@ -18,18 +18,20 @@ from networks.files import LabelMapWriter, LoadVolumed, result_name
 
 SPACING = (0.8, 0.7, 2.5)
 ORIGIN = (-10.0, 20.0, -30.0)
-TILT = np.array([[1, 0, 0], [0, 0.96, -0.28], [0, 0.28, 0.96]])  # a gantry tilt's rotation
+TILT = np.array([[1, 0, 0], [0, 0.96, -0.28], [0, 0.28, 0.96]])  # oblique, as a stack that follows an organ
 CT = "1.2.840.10008.5.1.4.1.1.2"
 
 
-def write_series(folder: Path, slices: int = 6, uid: str = "1.2.3.4.5", suffix: str = ".dcm") -> np.ndarray:
+def write_series(
+    folder: Path, slices: int = 6, uid: str = "1.2.3.4.5", suffix: str = ".dcm", shift: float = 0.0
+) -> np.ndarray:
     """Write a CT series of 12 x 10 pixels by ITK, a file per slice; its values ``X, Y, Z`` in Hounsfield units."""
     folder.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(0).integers(-200, 300, (12, 10, slices)).astype(np.int16)
     for z in range(slices):
         image = itk.image_from_array(np.ascontiguousarray(values[:, :, z].T[None]))
         image.SetSpacing(SPACING)
-        position = np.array(ORIGIN) + z * SPACING[2] * TILT[:, 2]
+        position = np.array(ORIGIN) + z * (SPACING[2] * TILT[:, 2] + shift * TILT[:, 1])
         image.SetOrigin(position.tolist())
         image.SetDirection(itk.matrix_from_array(TILT))
         tags = {
@@ -123,6 +125,13 @@ def test_broken_series_are_refused_by_name(tmp_path):
     write_series(tmp_path / "double")
     shutil.copy(tmp_path / "double" / "1.2.3.4.5.3.dcm", tmp_path / "double" / "copy.dcm")
     assert "two slices lie at one position" in refused(tmp_path / "double")
+
+    write_series(tmp_path / "cine", slices=1)
+    shutil.copy(tmp_path / "cine" / "1.2.3.4.5.0.dcm", tmp_path / "cine" / "phase.dcm")
+    assert "phases of a series over time" in refused(tmp_path / "cine")
+
+    write_series(tmp_path / "gantry", shift=1.0)
+    assert "shifted against each other, as by a tilted gantry" in refused(tmp_path / "gantry")
 
     write_series(tmp_path / "two")
     write_series(tmp_path / "two", slices=2, uid="1.2.9")

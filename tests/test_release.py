@@ -170,13 +170,14 @@ def test_weights_elsewhere_are_fetched_and_checked_by_monai(release, server, wei
         archive.extractall(tmp_path)
     model = tmp_path / "fias_acdc" / "models" / "model.pt"
     stored = folder / "large" / "fias_acdc_v0.1.0.pt"
-    stored.write_bytes(weights.read_bytes()[:-1] + b"x")
+    good = stored.read_bytes()
+    stored.write_bytes(good[:-1] + b"x")
     with pytest.raises(HashCheckError):
         monai.bundle.download_large_files(str(tmp_path / "fias_acdc"))
     assert not model.exists()
-    stored.write_bytes(weights.read_bytes())
+    stored.write_bytes(good)
     monai.bundle.download_large_files(str(tmp_path / "fias_acdc"))
-    assert model.read_bytes() == weights.read_bytes()
+    assert model.read_bytes() == good and torch.load(model, weights_only=True).keys() == torch.load(weights).keys()
 
 
 def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
@@ -197,6 +198,8 @@ def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
         "No bundle in": ["none_acdc", {}],
         "MONAI takes what follows '_v' for the version": ["fias_acdc", {"name": "fias_vessel"}],
         "has the value colour": ["fias_acdc", {"set": {"colour": 1}}],
+        "set takes values of one line": ["fias_acdc", {"set": {"loss": 1}}],
+        "belong to one bundle": ["all", {"name": "other"}],
         "No weights at": ["fias_acdc", {"weights": str(tmp_path / "none.pt")}],
         "are not those of this DANIE": ["danie_acdc", {"set": {"size": "small"}, "weights": str(weights)}],
     }

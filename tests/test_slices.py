@@ -126,29 +126,34 @@ def test_label_inferer_gives_the_plain_recipe_s_labels():
     invert = Invertd("pred", resize, "image", nearest_interp=False)
     with torch.no_grad():
         case["pred"] = SliceInferer(roi_size=(64, 64), sw_batch_size=3, spatial_dim=2)(case["image"][None], network)[0]
-        labels = LabelInferer((64, 64), batch_size=3)(image[None], network)
+        labels = LabelInferer((64, 64), batch_size=3, bfloat16=False)(image[None], network)
     plain = invert(case)["pred"].argmax(0)
     assert labels.shape == (1, 1, 60, 40, 7) and labels.dtype == torch.uint8 and len(labels.unique()) > 1
     assert torch.equal(labels[0, 0], plain.as_tensor().to(torch.uint8))
-    together = LabelInferer((64, 64))(torch.stack([image, image.flip(3)]), network)
+    together = LabelInferer((64, 64), bfloat16=False)(torch.stack([image, image.flip(3)]), network)
     assert together.shape == (2, 1, 60, 40, 7) and torch.equal(together[0], labels[0])
 
 
 def test_label_inferer_gives_probabilities_of_a_network_in_training_mode():
     network = FIAS(1, 4, deep_supervision=False).train()
     with torch.no_grad():
-        pred = LabelInferer((64, 64), batch_size=2)(torch.rand(1, 1, 40, 50, 5), network)
+        pred = LabelInferer((64, 64), batch_size=2, bfloat16=False)(torch.rand(1, 1, 40, 50, 5), network)
     assert pred.shape == (1, 4, 64, 64, 5)
     torch.testing.assert_close(pred.sum(1), torch.ones(1, 64, 64, 5))
 
 
-def test_bfloat16_is_taken_where_asked():
+def test_bfloat16_is_taken_where_asked_or_there(monkeypatch):
     def network(x):
         assert torch.is_autocast_enabled("cpu")
         return torch.cat([x, 1 - x], 1)
 
     assert LabelInferer((32, 32), bfloat16=True)(torch.zeros(1, 1, 32, 32, 2), network).all()
-    assert isinstance(has_bfloat16("cpu"), bool)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for there in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        assert has_bfloat16("cpu") == there
+    with pytest.raises(AssertionError):
+        LabelInferer((32, 32))(torch.zeros(1, 1, 32, 32, 2), network)
 
 
 def test_single_slice_and_trailing_channel_keep_their_exact_shape(infer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,10 @@ from networks import DANIE, FIAS, fold_batch_norm  # noqa: E402
 __all__ = ["NETWORKS", "Prepared", "kept_for_backward", "macs", "peak_memory", "table", "wait"]
 
 try:
+    import einops  # noqa: F401  (of MONAI's transformers)
+except ImportError:
+    einops = None
+try:
     from segmentation_models_pytorch import UnetPlusPlus
 except ImportError:
     UnetPlusPlus = None
@@ -36,9 +41,10 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "DynUNet, nnU-Net's 2D plan": lambda side: DynUNet(
         2, 1, 4, [3] * 7, [1] + [2] * 6, [2] * 6, PLAN, norm_name="instance"
     ),
-    "UNETR": lambda side: UNETR(1, 4, (side, side), spatial_dims=2),
-    "SwinUNETR, 48 features": lambda side: SwinUNETR(1, 4, feature_size=48, spatial_dims=2),
 }
+if einops is not None:
+    NETWORKS["UNETR"] = lambda side: UNETR(1, 4, (side, side), spatial_dims=2)
+    NETWORKS["SwinUNETR, 48 features"] = lambda side: SwinUNETR(1, 4, feature_size=48, spatial_dims=2)
 if UnetPlusPlus is not None:
     NETWORKS["Unet++, ResNet-34"] = lambda side: UnetPlusPlus(
         "resnet34", encoder_weights=None, in_channels=1, classes=4
@@ -57,6 +63,7 @@ class Prepared(nn.Module):
             self.network.to(memory_format=torch.channels_last)
         if setting == "compiled":
             self.network.compile()
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -84,6 +91,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _resident("VmRSS")
     run()

@@ -2,11 +2,13 @@
 
     python tests/benchmarks/speed.py [--settings plain,prepared,bfloat16] [--only FIAS,UNet] [--device cuda]
 
-A table per setting: ``plain`` is fp32 as constructed, ``prepared`` as the bundles infer (batch normalisation folded,
-channels last), ``bfloat16`` that under autocast, ``compiled`` that under ``torch.compile``. Latency is of one slice,
-time and ratio of a slice in a batch; the ratio is the median over rounds of that to the first network's in the same
-round. Peers are prepared as far as they let themselves. Multiply-accumulates by ``torch.utils.flop_counter``, halved.
-Kept are the activations that a training step of two slices holds for its backward pass.
+All peers need ``pip install einops segmentation-models-pytorch``. A table per setting: ``plain`` is fp32 as
+constructed, ``prepared`` as the bundles infer (batch normalisation folded, channels last), ``bfloat16`` that under
+autocast, ``compiled`` that under ``torch.compile``. The first network, the base of the ratios, is plain in all of
+them. Latency is of one slice, time and ratio of a slice in a batch; the ratio is the median over rounds of that to
+the first network's in the same round. Peers are prepared as far as they let themselves. Multiply-accumulates by
+``torch.utils.flop_counter``, halved. Kept are the activations that a training step of two slices holds for its
+backward pass.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def main(
     for setting in [settings] if isinstance(settings, str) else settings:
         torch.manual_seed(0)
         built = {name: NETWORKS[name](side).to(device) for name in names}
-        networks = {name: Prepared(network, setting) for name, network in built.items()}
+        networks = {n: Prepared(net, setting if n != names[0] else "plain") for n, net in built.items()}
         single: dict[str, list[float]] = {name: [] for name in names}
         whole: dict[str, list[float]] = {name: [] for name in names}
         with torch.inference_mode():
