@@ -135,7 +135,8 @@ class LabelInferer(Inferer):
     Args:
         size: height and width that the network sees.
         batch_size: slices in one forward.
-        bfloat16: run the network in that type by autocast; None does so where :func:`has_bfloat16` holds.
+        bfloat16: run the network in that type by autocast; None does so on a GPU where :func:`has_bfloat16` holds. On a
+            CPU that has it, it takes about half the time for another rounding.
 
     Shape:
         ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit.
@@ -152,7 +153,7 @@ class LabelInferer(Inferer):
         b, _, h, w, depth = volumes.shape
         slices = volumes.movedim(4, 1).flatten(0, 1)
         training = getattr(network, "training", False)
-        bfloat16 = has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
+        bfloat16 = volumes.is_cuda and has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
         found = []
         for batch in slices.split(self.batch_size):
             x = _resize(batch, self.size)
