@@ -36,9 +36,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command line with ``path`` importable, by default this tree; its output in one string."""
     env = {**os.environ, "PYTHONPATH": str(path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    result = subprocess.run([sys.executable, *command], cwd=cwd, env=env, **pipes)
     if check and result.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
     return result
