@@ -127,7 +127,7 @@ class LabelInferer(Inferer):
 
     Batches of slices are resized to the network's size, their logits resized back and reduced to the greatest class
     before the next batch comes. Memory holds one byte per voxel, where MONAI's ``SliceInferer`` holds a float per voxel
-    and class, and an inverse of the resize twice that at the volume's resolution. The label map is the same.
+    and class. In fp32 the label map is the same.
 
     A network in training mode, as MONAI Label's scoring runs it for the sake of its dropout, gives class probabilities
     at the network's size instead.
@@ -136,7 +136,7 @@ class LabelInferer(Inferer):
         size: height and width that the network sees.
         batch_size: slices in one forward.
         bfloat16: run the network in that type by autocast; None does so on a GPU where :func:`has_bfloat16` holds. On a
-            CPU that has it, it takes about half the time for another rounding.
+            CPU that has it, it is faster too, but rounds otherwise.
 
     Shape:
         ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit.
