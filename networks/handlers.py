@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from .files import write_csv
 
-__all__ = ["Checkpoints", "History", "ProgressBar", "read_history"]
+__all__ = ["Checkpoints", "History", "ProgressBar", "ShareBuffers", "read_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,29 @@ class History:
         }
         self.rows.append(row)
         write_csv(self.path, self.columns, [[row[c] for c in self.columns] for row in self.rows])
+
+
+class ShareBuffers:
+    """Handler of an evaluator that gives all processes the first one's buffers, such as batch statistics, before it runs.
+
+    Processes then validate the network that the first one saves, which need not be wrapped in
+    ``DistributedDataParallel``: that shares them in each forward, of which a process with more cases makes more, and
+    calls without a counterpart may hang.
+
+    Args:
+        network: the network in training.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def attach(self, evaluator: Evaluator) -> None:
+        """Attach to an evaluator."""
+        evaluator.add_event_handler(Events.STARTED, self._share)
+
+    def _share(self) -> None:
+        for buffer in self.network.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def read_history(path: Path) -> list[dict[str, str]]:

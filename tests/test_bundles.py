@@ -249,15 +249,22 @@ def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle
 
 
 @of_volumes
-def test_two_processes_train_to_one_model(data, torchrun, tmp_path):
-    """With one validation case, which both then score."""
-    splits = {"training": cases("acdc", data, "train")[:4], "validation": cases("acdc", data, "validation")[:1]}
+@pytest.mark.parametrize("validation", [1, 3])
+def test_two_processes_train_to_one_model(validation, configs, data, run_bundle, torchrun, tmp_path):
+    """Its score is what one process finds; of uneven shares too, and of one case, which both then score."""
+    found = cases("acdc", data, "train")
+    splits = {"training": found[:4], "validation": found[-validation:]}
     lists = {split: [{"image": c["image"], "label": c["label"]} for c in found] for split, found in splits.items()}
     (tmp_path / "dataset.json").write_text(json.dumps(lists))
-    options = {"layout": "datalist", "dataset_dir": tmp_path / "dataset.json", "bundle_root": tmp_path, "epochs": 1}
-    torchrun("training", "train", "multi_gpu_train", **options)
-    assert (tmp_path / "models" / "model.pt").is_file()
+    options = {"layout": "datalist", "dataset_dir": tmp_path / "dataset.json", "bundle_root": tmp_path}
+    save_random(FIAS(1, 4), tmp_path / "start.pt")
+    torchrun("training", "train", "multi_gpu_train", epochs=1, start_from=tmp_path / "start.pt", **options)
     assert len({file.name.split(".")[-2] for file in (tmp_path / "eval").glob("events.*")}) == 1  # one process's
+    run_bundle("evaluating", f"{configs}/evaluate.json", split="validation", **options, **QUICK)
+    (epoch,), scores = (list(csv.DictReader((tmp_path / "eval" / f).open())) for f in ("history.csv", "cases.csv"))
+    dice = [float(case[column]) for case in scores for column in case if column.startswith("dice")]
+    assert len(dice) == 3 * validation and np.mean(dice) > 0
+    np.testing.assert_allclose(float(epoch["score"]), np.mean(dice), rtol=1e-3)
 
 
 def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):

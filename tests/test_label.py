@@ -33,12 +33,17 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("monailabel") is None, reason="MONAI Label is not installed"),
 ]
 
-NETWORKS = {"fias_synapse": lambda: FIAS(1, 9), "danie_acdc": lambda: DANIE(1, 4, size="small")}
+NETWORKS = {
+    "fias_synapse": lambda: FIAS(1, 9),
+    "fias_acdc": lambda: FIAS(1, 4),
+    "danie_synapse": lambda: DANIE(1, 9, size="small"),
+    "danie_acdc": lambda: DANIE(1, 4, size="small"),
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Two released bundles with random weights; of danie_acdc a later version, whose code turns the classes round."""
+    """Four released bundles with random weights; of danie_acdc a later version, whose code turns the classes round."""
     dist, models = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("app") / "model"
     for name, build in NETWORKS.items():
         torch.manual_seed(0)
@@ -138,11 +143,15 @@ def infer(server: str, name: str, image: str, folder: Path) -> nib.Nifti1Image:
     return nib.load(file)
 
 
-def test_both_bundles_are_listed_with_version_and_labels(server):
+def test_all_volume_bundles_are_listed_with_version_and_labels(server):
     known = ask("GET", f"{server}/info/").json()["models"]
-    assert known["fias_synapse"]["version"] == "0.1.0" and known["danie_acdc"]["version"] == "0.2.0"
-    assert known["danie_acdc"]["labels"] == {"right ventricle": 1, "myocardium": 2, "left ventricle": 3}
-    assert len(known["fias_synapse"]["labels"]) == 8 and known["fias_synapse"]["labels"]["aorta"] == 1
+    for name in NETWORKS:
+        assert known[name]["version"] == ("0.2.0" if name == "danie_acdc" else "0.1.0")
+        labels = known[name]["labels"]
+        if name.endswith("acdc"):
+            assert labels == {"right ventricle": 1, "myocardium": 2, "left ventricle": 3}
+        else:
+            assert len(labels) == 8 and labels["aorta"] == 1
 
 
 @pytest.mark.parametrize("name", NETWORKS)
