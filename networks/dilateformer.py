@@ -11,7 +11,6 @@ without a copy.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from monai.networks.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import MultiHeadSelfAttention
 from .blocks import check_input
@@ -125,15 +125,43 @@ class DilateBlock(nn.Module):
         self.attn = attention
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = nn.Sequential(
-            OrderedDict(fc1=nn.Linear(channels, 4 * channels), act=nn.GELU(), fc2=nn.Linear(4 * channels, channels))
-        )
+        self.mlp = MLP(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x + self.pos_embed(x)).permute(0, 2, 3, 1)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.permute(0, 3, 1, 2)
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between them.
+
+    In training the backward pass computes the activation anew from its input, so one map of that width is kept rather
+    than two.
+
+    Args:
+        channels: channels of input and output.
+
+    Shape:
+        ``B, H, W, C`` to ``B, H, W, C``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, 4 * channels)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.training and not torch.jit.is_scripting():
+            return checkpoint(self.activate, x, use_reentrant=False, preserve_rng_state=False)
+        return self.activate(x)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation and the second layer."""
+        return self.fc2(self.act(x))
 
 
 class PatchEmbed(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import DataError, DilateFormer
-from networks.dilateformer import MultiScaleDilatedAttention, dilated_attention
+from networks.dilateformer import MLP, MultiScaleDilatedAttention, dilated_attention
 
 
 def official_keys() -> dict[str, tuple[int, ...]]:
@@ -151,3 +151,25 @@ def test_multi_scale_attention_equals_its_groups_with_a_qkv_bias():
 def test_features_are_a_pyramid():
     features = DilateFormer(1).eval()(torch.zeros(1, 1, 65, 96))
     assert [tuple(f.shape[1:]) for f in features] == [(72, 17, 24), (144, 9, 12), (288, 5, 6), (576, 3, 3)]
+
+
+def test_mlp_recomputes_its_activation_with_the_same_gradients():
+    mlp, x = MLP(8), torch.rand(2, 3, 4, 8, requires_grad=True)
+    inputs = [x, *mlp.parameters()]
+    recomputed = torch.autograd.grad(mlp.train()(x).square().sum(), inputs)
+    kept = torch.autograd.grad(mlp.eval()(x).square().sum(), inputs)
+    for a, b in zip(recomputed, kept, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_mlp_keeps_one_wide_map_for_the_backward_pass():
+    wide = 2 * 3 * 4 * 32
+    shapes = []
+
+    def note(tensor):
+        shapes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        MLP(8).train()(torch.rand(2, 3, 4, 8))
+    assert shapes.count(wide) == 1
