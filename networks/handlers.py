@@ -206,7 +206,7 @@ class History:
 
 
 class ShareBuffers:
-    """Handler of an evaluator that gives all processes the first one's buffers, such as batch statistics, before it runs.
+    """Handler of an evaluator that gives all processes the first one's buffers, such as batch statistics, before a run.
 
     Processes then validate the network that the first one saves, which need not be wrapped in
     ``DistributedDataParallel``: that shares them in each forward, of which a process with more cases makes more, and

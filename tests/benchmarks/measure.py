@@ -52,16 +52,16 @@ if UnetPlusPlus is not None:
 
 
 class Prepared(nn.Module):
-    """A copy of a network in one of the settings."""
+    """A copy of a network in one of the settings: ``plain``, ``prepared``, ``bfloat16``, ``compiled``, or ``+`` of those."""
 
     def __init__(self, network: nn.Module, setting: str) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval()
-        self.bfloat16 = setting in ("bfloat16", "compiled")
+        self.bfloat16 = "bfloat16" in setting
         if setting != "plain":
             fold_batch_norm(self.network)
             self.network.to(memory_format=torch.channels_last)
-        if setting == "compiled":
+        if "compiled" in setting:
             self.network.compile()
         self.eval()
 

@@ -4,7 +4,7 @@
 
 All peers need ``pip install einops segmentation-models-pytorch``. A table per setting: ``plain`` is fp32 as
 constructed, ``prepared`` as the bundles infer (batch normalisation folded, channels last), ``bfloat16`` that under
-autocast, ``compiled`` that under ``torch.compile``. The first network, the base of the ratios, is plain in all of
+autocast, ``compiled`` that by ``torch.compile``, ``bfloat16+compiled`` both. The first network, the base of the ratios, is plain in all of
 them. Latency is of one slice, time and ratio of a slice in a batch; the ratio is the median over rounds of that to
 the first network's in the same round. Peers are prepared as far as they let themselves. Multiply-accumulates by
 ``torch.utils.flop_counter``, halved. Kept are the activations that a training step of two slices holds for its
@@ -33,7 +33,7 @@ def main(
     """Print the tables.
 
     Args:
-        settings: of ``plain``, ``prepared``, ``bfloat16``, ``compiled``.
+        settings: see above.
         only: parts of names; the first network, the base of the ratios, is always there.
         rounds: each times every network once, after one that warms up.
         batch: slices in a batch.
