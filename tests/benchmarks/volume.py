@@ -1,6 +1,6 @@
 """Inference from file to file, by stage, beside the plain recipe and beside MONAI's SwinUNETR in the bundle's place.
 
-    python tests/benchmarks/volume.py [--network FIAS] [--shape 512,512,150] [--plain False]
+    python tests/benchmarks/volume.py [--network FIAS] [--shape 512,512,150] [--only plain,bundle]
 
 The transforms are those of ``fias_synapse``. ``bundle`` is how the bundles infer: ``LabelInferer``, batch normalisation
 folded, channels last; in fp32, and in bfloat16, the default on a GPU that has it. ``plain`` is the
@@ -87,7 +87,7 @@ def infer(
 def main(
     network: str = "FIAS",
     shape: tuple[int, int, int] = (512, 512, 150),
-    plain: bool = True,
+    only: str | tuple[str, ...] = (),
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Print the table.
@@ -95,7 +95,7 @@ def main(
     Args:
         network: ``FIAS``, ``DANIE-S`` or ``DANIE-L``.
         shape: voxels of the CT.
-        plain: False leaves out the plain recipe, which needs 20 bytes per voxel and class.
+        only: parts of the recipes' names. ``plain`` needs 20 bytes per voxel and class.
         device: where to run.
     """
     torch.manual_seed(0)
@@ -105,17 +105,17 @@ def main(
         nn.init.zeros_(conv.bias)
     size = (SIDE, SIDE)
     recipes: dict[str, tuple[nn.Module, Inferer]] = {
-        f"{network}, plain": (net, SliceInferer(roi_size=size, sw_batch_size=1, spatial_dim=2)),
-        f"{network}, bundle, fp32": (Prepared(net, "prepared"), LabelInferer(size, BATCH)),
-        f"{network}, bundle, bfloat16": (Prepared(net, "prepared"), LabelInferer(size, BATCH, bfloat16=True)),
+        f"{network} plain": (net, SliceInferer(roi_size=size, sw_batch_size=1, spatial_dim=2)),
+        f"{network} bundle fp32": (Prepared(net, "prepared"), LabelInferer(size, BATCH)),
+        f"{network} bundle bfloat16": (Prepared(net, "prepared"), LabelInferer(size, BATCH, bfloat16=True)),
     }
-    if not plain:
-        del recipes[f"{network}, plain"]
     if not has_bfloat16(device):
-        del recipes[f"{network}, bundle, bfloat16"]
+        del recipes[f"{network} bundle bfloat16"]
     if "SwinUNETR, 48 features" in NETWORKS:
         swin = NETWORKS["SwinUNETR, 48 features"](SIDE).to(device).eval()
-        recipes["SwinUNETR, LabelInferer, fp32"] = (swin, LabelInferer(size, BATCH))
+        recipes["SwinUNETR LabelInferer fp32"] = (swin, LabelInferer(size, BATCH))
+    chosen = [only] if isinstance(only, str) else only
+    recipes = {name: recipe for name, recipe in recipes.items() if not chosen or any(part in name for part in chosen)}
     rows, first, base = [], None, 0.0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ct.nii.gz"
