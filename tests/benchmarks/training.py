@@ -74,7 +74,7 @@ def main(
     name = f"{bundle}, batch {batch_size}, {num_workers} workers, {device}"
     columns = ("training", "data alone", "step alone", "both", "idle", f"{parser['epochs']} epochs of ACDC, h")
     idle = f"{100 * max(0, 1 - both / alone):.0f} %"
-    print(table(columns, [(name, f"{data:.1f}", f"{alone:.1f}", f"{both:.1f}", idle, f"{hours:.1f}")]))
+    print(table(columns, [(name, f"{data:.3g}", f"{alone:.3g}", f"{both:.3g}", idle, f"{hours:.1f}")]))
 
 
 if __name__ == "__main__":
