@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from networks import DANIE, FIAS, fold_batch_norm  # noqa: E402
 
-__all__ = ["NETWORKS", "Prepared", "kept_for_backward", "macs", "peak_memory", "table", "wait"]
+__all__ = ["NETWORKS", "Prepared", "chosen", "kept_for_backward", "macs", "peak_memory", "table", "wait"]
 
 try:
     import einops  # noqa: F401  (of MONAI's transformers)
@@ -52,7 +52,7 @@ if UnetPlusPlus is not None:
 
 
 class Prepared(nn.Module):
-    """A copy of a network in one of the settings: ``plain``, ``prepared``, ``bfloat16``, ``compiled``, or ``+`` of those."""
+    """A copy of a network in a setting: ``plain``, ``prepared``, ``bfloat16``, ``compiled``, or several joined by ``+``."""
 
     def __init__(self, network: nn.Module, setting: str) -> None:
         super().__init__()
@@ -68,6 +68,11 @@ class Prepared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.network(x)
+
+
+def chosen(names: str | Sequence[str]) -> list[str]:
+    """Names from a command line, where fire takes ``A,B`` for a tuple and ``A-1,B`` for a text."""
+    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
 
 
 def wait(device: torch.device) -> float:

@@ -4,11 +4,11 @@
 
 All peers need ``pip install einops segmentation-models-pytorch``. A table per setting: ``plain`` is fp32 as
 constructed, ``prepared`` as the bundles infer (batch normalisation folded, channels last), ``bfloat16`` that under
-autocast, ``compiled`` that by ``torch.compile``, ``bfloat16+compiled`` both. The first network, the base of the ratios, is plain in all of
-them. Latency is of one slice, time and ratio of a slice in a batch; the ratio is the median over rounds of that to
-the first network's in the same round. Peers are prepared as far as they let themselves. Multiply-accumulates by
-``torch.utils.flop_counter``, halved. Kept are the activations that a training step of two slices holds for its
-backward pass.
+autocast, ``compiled`` that by ``torch.compile``, ``bfloat16+compiled`` both. The first network, the base of the ratios,
+is plain in all of them. Latency is of one slice, time and ratio of a slice in a batch; the ratio is the median over
+rounds of that to the first network's in the same round. Peers are prepared as far as they let themselves.
+Multiply-accumulates by ``torch.utils.flop_counter``, halved. Kept are the activations that a training step of two
+slices holds for its backward pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 
 import fire
 import torch
-from measure import NETWORKS, Prepared, kept_for_backward, macs, peak_memory, table, wait
+from measure import NETWORKS, Prepared, chosen, kept_for_backward, macs, peak_memory, table, wait
 
 COLUMNS = ("network", "parameters, M", "MACs, G", "latency, ms", "ms a slice", "ratio", "peak, MB", "kept, MB")
 
@@ -40,11 +40,11 @@ def main(
         side: height and width.
         device: where to run.
     """
-    chosen = [only] if isinstance(only, str) else list(only)
-    names = [n for i, n in enumerate(NETWORKS) if i == 0 or not chosen or any(part in n for part in chosen)]
+    parts = chosen(only)
+    names = [n for i, n in enumerate(NETWORKS) if i == 0 or not parts or any(part in n for part in parts)]
     x = torch.rand(batch, 1, side, side, device=device)
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-    for setting in [settings] if isinstance(settings, str) else settings:
+    for setting in chosen(settings):
         torch.manual_seed(0)
         built = {name: NETWORKS[name](side).to(device) for name in names}
         networks = {n: Prepared(net, setting if n != names[0] else "plain") for n, net in built.items()}

@@ -20,7 +20,7 @@ import fire
 import nibabel as nib
 import numpy as np
 import torch
-from measure import NETWORKS, Prepared, peak_memory, table, wait
+from measure import NETWORKS, Prepared, chosen, peak_memory, table, wait
 from monai.inferers import Inferer, SliceInferer
 from monai.transforms import AsDiscreted, Compose, Invertd, Resized, SaveImaged, ScaleIntensityRanged
 from torch import nn
@@ -114,8 +114,8 @@ def main(
     if "SwinUNETR, 48 features" in NETWORKS:
         swin = NETWORKS["SwinUNETR, 48 features"](SIDE).to(device).eval()
         recipes["SwinUNETR LabelInferer fp32"] = (swin, LabelInferer(size, BATCH))
-    chosen = [only] if isinstance(only, str) else only
-    recipes = {name: recipe for name, recipe in recipes.items() if not chosen or any(part in name for part in chosen)}
+    parts = chosen(only)
+    recipes = {name: recipe for name, recipe in recipes.items() if not parts or any(part in name for part in parts)}
     rows, first, base = [], None, 0.0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ct.nii.gz"
