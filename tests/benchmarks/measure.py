@@ -52,7 +52,7 @@ if UnetPlusPlus is not None:
 
 
 class Prepared(nn.Module):
-    """A copy of a network in a setting: ``plain``, ``prepared``, ``bfloat16``, ``compiled``, or several joined by ``+``."""
+    """A copy of a network in a setting: ``plain``, ``prepared``, ``bfloat16``, ``compiled``, or several by ``+``."""
 
     def __init__(self, network: nn.Module, setting: str) -> None:
         super().__init__()
