@@ -247,6 +247,8 @@ def result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
 def whole_file(target: Path) -> Iterator[str]:
     """A temporary name beside ``target``, renamed to it at the end: the file is there whole or not at all.
 
+    A process that is killed leaves its ``.partial-*``, which nothing reads.
+
     Args:
         target: its folder is made.
 
@@ -258,6 +260,8 @@ def whole_file(target: Path) -> Iterator[str]:
     os.close(handle)
     try:
         yield name
+        with open(name, "rb") as file:
+            os.fsync(file)  # else a power failure could leave the new name and none of the content
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException:
