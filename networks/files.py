@@ -16,7 +16,7 @@ import torch
 from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.data.folder_layout import default_name_formatter
-from monai.transforms import LoadImaged, MapTransform, SaveImage
+from monai.transforms import LoadImaged, MapTransform, SaveImage, SaveImaged
 from monai.utils import get_equivalent_dtype
 
 from .datasets import PICTURES, SERIES, VOLUMES
@@ -24,7 +24,7 @@ from .dicom import check_series
 from .errors import DataError
 from .pictures import label_picture
 
-__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "result_name", "whole_file", "write_csv"]
+__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "SaveLabelMapd", "whole_file", "write_csv"]
 
 
 class LoadVolumed(LoadImaged):
@@ -224,17 +224,48 @@ class LabelMapWriter(NibabelWriter):
                 super().write(name, verbose=verbose, **obj_kwargs)
 
 
-def result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
-    """Name what is saved of a folder of DICOM files as MONAI names what is saved of a file; for ``SaveImaged``.
+class SaveLabelMapd(SaveImaged):
+    """:class:`monai.transforms.SaveImaged` for label maps: ``NAME_seg`` by :class:`LabelMapWriter`.
 
     Args:
-        meta: the image's.
-        saver: whose ``data_root_dir`` is left out of the name.
+        keys: keys of the label maps, ``1, X, Y, Z`` on the image file's grid.
+        output_dir: where to write.
+        output_ext: ``".nii.gz"``, or ``".png"`` of pictures.
+        data_root_dir: the images' folder; its subfolders are made in ``output_dir`` too.
 
-    Returns:
-        Arguments of MONAI's ``FolderLayout.filename``: of a folder ``root/A/1.2.3`` those of a file
-        ``root/A/1.2.3.dcm``, of ``root`` itself those of a file of its name in it.
+    Raises:
+        OSError: when the file cannot be written, with its name. MONAI would tell of it as a missing writer.
     """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, output_ext: str = ".nii.gz", data_root_dir: str | Path = ""
+    ) -> None:
+        super().__init__(
+            keys,
+            output_dir=output_dir,
+            output_postfix="seg",
+            output_ext=output_ext,
+            data_root_dir=str(data_root_dir),
+            separate_folder=False,
+        )
+
+    def target(self, image: str | Path) -> Path:
+        """The file of an image's label map. Its folder is made."""
+        return Path(self.saver.folder_layout.filename(**_result_name({"filename_or_obj": str(image)}, self.saver)))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            writer = LabelMapWriter(output_dtype=np.uint8)
+            writer.set_data_array(d[key], channel_dim=0)
+            writer.set_metadata(d[key].meta, resample=False)
+            writer.write(self.target(_file_of(d[key])))
+        return d
+
+
+def _result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
+    """Of a folder of DICOM files ``root/A/1.2.3`` what MONAI's name is of ``root/A/1.2.3.dcm``, of ``root`` itself
+    that of a file of its name in it."""
     names = default_name_formatter(meta, saver)
     path = Path(names["subject"])
     if path.is_dir():
@@ -254,18 +285,25 @@ def whole_file(target: Path) -> Iterator[str]:
 
     Yields:
         The name to write to.
+
+    Raises:
+        OSError: when it cannot be written; it names ``target``.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
-    os.close(handle)
+    name = ""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
+        os.close(handle)
         yield name
         with open(name, "rb") as file:
             os.fsync(file)  # else a power failure could leave the new name and none of the content
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
+    except BaseException as error:
+        if name:
+            os.unlink(name)
+        if isinstance(error, OSError) and ".partial-" in str(error.filename or ".partial-"):
+            error.filename = str(target)
         raise
 
 

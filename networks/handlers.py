@@ -54,7 +54,7 @@ class EpochSeed:
     def _start(self, trainer: Trainer) -> None:
         drawn = np.random.SeedSequence((self.seed, trainer.state.epoch, trainer.state.rank)).generate_state(1)
         set_determinism(int(drawn[0]))  # workers and sampler draw theirs from torch's
-        set_rnd(trainer.data_loader.dataset, int(drawn[0]))
+        set_rnd(getattr(trainer.data_loader, "dataset", None), int(drawn[0]))
 
 
 class Checkpoints:
