@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -27,6 +28,10 @@ from .pictures import label_picture
 __all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "SaveLabelMapd", "whole_file", "write_csv"]
 
 
+MOST_VALUES = 2**31
+"""Values of the largest volume that is read: 8 GB of floats."""
+
+
 class LoadVolumed(LoadImaged):
     """:class:`monai.transforms.LoadImaged` with the channel first, and a check that each file is one usable volume.
 
@@ -36,6 +41,7 @@ class LoadVolumed(LoadImaged):
         keys: keys of the file names.
         channels: channels that each image must have: 1 for CT and MR, 3 for RGB.
         suffixes: endings of the files to take; :data:`networks.datasets.SERIES` for folders of DICOM files.
+        allow_constant: take an image of one value everywhere, as a label may be.
         kwargs: further arguments of ``LoadImaged``, such as ``reader`` and ``dtype``.
 
     Shape:
@@ -44,15 +50,22 @@ class LoadVolumed(LoadImaged):
 
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
-            or channels, is empty, or holds NaN or infinite values; when a series has company in its folder, or a gap.
+            or channels, is empty or larger than :data:`MOST_VALUES`, holds NaN or infinite values, or one value
+            alone; when a series has company in its folder, or a gap.
     """
 
     def __init__(
-        self, keys: KeysCollection, channels: int = 1, suffixes: Sequence[str] = (*VOLUMES, SERIES), **kwargs: Any
+        self,
+        keys: KeysCollection,
+        channels: int = 1,
+        suffixes: Sequence[str] = (*VOLUMES, SERIES),
+        allow_constant: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
         self.channels = channels
         self.suffixes = tuple(suffixes)
+        self.allow_constant = allow_constant
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         d = dict(data)
@@ -68,15 +81,21 @@ class LoadVolumed(LoadImaged):
         elif not str(file).lower().endswith(self.suffixes):
             raise DataError(f"{file} is none of the files that this bundle reads: {', '.join(self.suffixes)}.")
         try:
+            if str(file).lower().endswith(VOLUMES):
+                _check_header(file)
             volume = self._loader(file, reader)
             if isinstance(volume, tuple):  # MONAI Label asks its loaders for the metadata as well
                 volume = volume[0]
+        except DataError:
+            raise
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise DataError(f"Cannot read {file}: missing, truncated, or not an image file. ({text})") from error
+            raise DataError(
+                f"Cannot read {file}: missing, truncated, or not an image file. Copy or export it again. ({text})"
+            ) from error
         if str(file).lower().endswith(PICTURES):
             if volume.ndim != 3 or volume.shape[0] != self.channels:
                 raise DataError(
@@ -89,13 +108,26 @@ class LoadVolumed(LoadImaged):
         if volume.ndim != 4 or shape[0] != self.channels:
             raise DataError(
                 f"{file} has shape {shape[1:]} with {shape[0]} channel(s) or time points, expected one volume X, Y, Z "
-                f"of {self.channels} channel(s). Split time series and stacks into single volumes first."
+                f"of {self.channels} channel(s). Split time series and stacks, join single slices: one file per volume."
             )
-        if volume.numel() == 0:
-            raise DataError(f"{file} is empty: shape {shape[1:]}.")
         if not bool(torch.isfinite(volume).all()):
             raise DataError(f"{file} holds NaN or infinite voxels. Replace them, for example by the minimum.")
+        if not self.allow_constant and bool((volume == volume.flatten()[0]).all()):
+            raise DataError(f"{file} holds nothing but the value {volume.flatten()[0]:g}. Export the image again.")
         return volume
+
+
+def _check_header(file: Any) -> None:
+    """Before the content is unpacked: a few bytes may become more than any memory."""
+    header = nib.load(file)
+    shape, dtype = list(header.shape), header.get_data_dtype()
+    if 0 in shape:
+        raise DataError(f"{file} is empty: shape {shape}. Export it again.")
+    if math.prod(shape) > MOST_VALUES:
+        raise DataError(f"{file} has shape {shape}, more than {MOST_VALUES} values. Crop or split it first.")
+    if dtype.kind not in "iuf":
+        kind = "colours" if dtype.fields else f"values of type {dtype}"
+        raise DataError(f"{file} holds {kind}, expected one real number per voxel. Convert it first.")
 
 
 class MapLabelsd(MapTransform):

@@ -176,7 +176,10 @@ class Checkpoints:
 
     def _write(self, name: str, state: Any) -> None:
         with whole_file(self.directory / name) as partial, open(partial, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch tells of a full disk as of a wrong position
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 class ProgressBar:
