@@ -50,8 +50,8 @@ class LoadVolumed(LoadImaged):
 
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
-            or channels, is empty or larger than :data:`MOST_VALUES`, holds NaN or infinite values, or one value
-            alone; when a series has company in its folder, or a gap.
+            or channels, is empty or larger than :data:`MOST_VALUES`, has no position, holds NaN or infinite
+            values, or one value alone; when a series has company in its folder, or a gap.
     """
 
     def __init__(
@@ -110,6 +110,9 @@ class LoadVolumed(LoadImaged):
                 f"{file} has shape {shape[1:]} with {shape[0]} channel(s) or time points, expected one volume X, Y, Z "
                 f"of {self.channels} channel(s). Split time series and stacks, join single slices: one file per volume."
             )
+        axes = volume.affine[:3, :3].double()
+        if not bool(torch.isfinite(volume.affine).all()) or torch.linalg.matrix_rank(axes) < 3:
+            raise DataError(f"{file} says nothing of where it lies: affine {volume.affine.tolist()}. Export it again.")
         if not bool(torch.isfinite(volume).all()):
             raise DataError(f"{file} holds NaN or infinite voxels. Replace them, for example by the minimum.")
         if not self.allow_constant and bool((volume == volume.flatten()[0]).all()):
@@ -289,7 +292,7 @@ class SaveLabelMapd(SaveImaged):
         d = dict(data)
         for key in self.key_iterator(d):
             writer = LabelMapWriter(output_dtype=np.uint8)
-            writer.set_data_array(d[key], channel_dim=0)
+            writer.set_data_array(d[key], channel_dim=0, squeeze_end_dims=False)
             writer.set_metadata(d[key].meta, resample=False)
             writer.write(self.target(_file_of(d[key])))
         return d

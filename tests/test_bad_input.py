@@ -100,6 +100,7 @@ IMAGES = {
     "text named .nii.gz": ("volume", lambda d: text(d / "a.nii.gz"), "Cannot read .*not an image file"),
     "NaN voxels": ("volume", lambda d: holes(d / "a.nii.gz", np.nan), "a.nii.gz holds NaN or infinite.*Replace"),
     "infinite voxels": ("volume", lambda d: holes(d / "a.nii.gz", -np.inf), "a.nii.gz holds NaN or infinite.*Replace"),
+    "no position": ("volume", lambda d: nifti(d / "a.nii.gz", VOXELS, np.diag([1, 0, 1, 1])), "where it lies.*Export"),
     "constant image": ("volume", lambda d: nifti(d / "a.nii.gz", VOXELS * 0 + 7), "nothing but the value 7.*Export"),
     "no slices": (
         "volume",

@@ -380,7 +380,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     for a, b in ((train, evaluate), (evaluate, inference)):
         for key in a.keys() & b.keys() - {
             *("network_def", "network", "initialize", "run", "num_workers", "imports"),
-            *("preprocessing", "postprocessing", "dataset", "handlers", "evaluator"),
+            *("preprocessing", "postprocessing", "cases", "record", "dataset", "handlers", "evaluator"),
         }:
             assert a[key] == b[key], key
 

@@ -25,6 +25,7 @@ processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
 def train(root: str, data: str, resume: bool, **overrides: object) -> None:
     """Train FIAS in this process."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
     workflow = ConfigWorkflow(
         str(ROOT / "bundles/fias_acdc/configs/train.json"),
         bundle_root=root,
