@@ -122,7 +122,7 @@ class LoadVolumed(LoadImaged):
 
 def _check_header(file: Any) -> None:
     """Before the content is unpacked: a few bytes may become more than any memory."""
-    header = nib.load(file)
+    header: Any = nib.load(file)
     shape, dtype = list(header.shape), header.get_data_dtype()
     if 0 in shape:
         raise DataError(f"{file} is empty: shape {shape}. Export it again.")

@@ -252,6 +252,26 @@ def test_a_bad_run(what, run_config, tmp_path):
     assert not [p for p in left if p.name.startswith(".partial-") or p.suffix in (".gz", ".pt", ".ckpt", ".md")]
 
 
+class Code:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_weights_that_hold_code_are_refused_and_it_does_not_run(run_config, tmp_path):
+    for name, options in {"model.pt": {"ckpt_dir": str(tmp_path)}, "last.ckpt": {"resume": True}}.items():
+        file = tmp_path / name if name == "model.pt" else tmp_path / "root" / "models" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"network": Code(tmp_path / "ran")}, file)
+        with tells(f"code in {name}", f"Cannot read weights from .*{name}"):
+            run_config("train" if "resume" in options else "inference", **options)
+    assert not (tmp_path / "ran").exists()
+
+
 @contextmanager
 def no_room(bytes_left: int) -> Iterator[None]:
     """The system refuses to write files longer than that, as it refuses where a disk is full."""
