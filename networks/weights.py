@@ -69,7 +69,7 @@ def read_tensors(path: Path) -> Any:
         cause = str(error).strip().splitlines() or [""]
         raise DataError(
             f"Cannot read weights from {path}: the file is truncated, or no plain file of tensors. "
-            f"Fetch or save it again. ({type(error).__name__}: {cause[0]})"
+            f"Fetch or save it again. ({type(error).__name__}: {cause[0].split('. ')[0]})"
         ) from error
 
 
