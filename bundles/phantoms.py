@@ -241,9 +241,12 @@ def _empty(folder: Path, pattern: str) -> Path:
 
 def _check(**values: tuple[int, int]) -> None:
     for name, (value, least) in values.items():
-        if value < least:
-            sys.exit(f"{name} must be at least {least}, got {value}.")
+        if not isinstance(value, int) or value < least:
+            sys.exit(f"{name} must be a whole number of at least {least}, got {value!r}.")
 
 
 if __name__ == "__main__":
-    fire.Fire({"acdc": acdc, "btcv": btcv, "isic2017": isic2017, "isic2018": isic2018, "glas": glas})
+    try:
+        fire.Fire({"acdc": acdc, "btcv": btcv, "isic2017": isic2017, "isic2018": isic2018, "glas": glas})
+    except OSError as error:
+        sys.exit(f"{error}. Choose another folder, or free some space.")

@@ -113,10 +113,11 @@ def release(
             entry = zipfile.ZipInfo(f"{name}/{path}", (2020, 1, 1, 0, 0, 0))
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(entry, files[path])
-    checksum = _note(target, url)
+    _note(target, url)
     print(f"{target}, {target.stat().st_size / 1e6:.1f} MB, {'with' if 'models/model.pt' in files else 'no'} weights")
     if url:
-        options = f"'{_address(url, target)}', '{target.name}', '.', hash_val='{checksum}', hash_type='sha1'"
+        checksum = hashlib.sha256(target.read_bytes()).hexdigest()
+        options = f"'{_address(url, target)}', '{target.name}', '.', hash_val='{checksum}', hash_type='sha256'"
         print(f'python -c "from monai.apps import download_and_extract as get; get({options})"')
     return str(target)
 
@@ -218,8 +219,8 @@ def _address(url: str, file: Path) -> str:
     return f"{url.rstrip('/')}/{file.name}" if url else file.name
 
 
-def _note(target: Path, url: str) -> str:
-    """Enter the zip's checksum in the index that ``monai.bundle download --source github`` reads; return it."""
+def _note(target: Path, url: str) -> None:
+    """Enter the zip's checksum in the index that ``monai.bundle download --source github`` reads."""
     index = target.parent / "models" / "model_info.json"
     index.parent.mkdir(exist_ok=True)
     known = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
@@ -227,7 +228,6 @@ def _note(target: Path, url: str) -> str:
     known[target.stem] = {"checksum": digest, "source": _address(url, target)}
     with whole_file(index) as partial:
         Path(partial).write_text(json.dumps(dict(sorted(known.items())), indent=4) + "\n")
-    return digest
 
 
 if __name__ == "__main__":

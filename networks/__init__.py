@@ -1,12 +1,13 @@
 """Dual-path networks that segment volumes slice by slice, written for MONAI."""
 
-from . import datasets, files, handlers, metrics, report, slices
+from . import datasets, files, handlers, inference, metrics, report, slices
 from .blocks import fold_batch_norm
 from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
 from .losses import SubsetSumLoss
+from .runs import check_config, record_run
 from .weights import load_matching, load_torchscript, load_weights
 
 __all__ = [
@@ -15,15 +16,18 @@ __all__ = [
     "DataError",
     "DilateFormer",
     "SubsetSumLoss",
+    "check_config",
     "datasets",
     "explain_errors",
     "files",
     "fold_batch_norm",
     "handlers",
+    "inference",
     "load_matching",
     "load_torchscript",
     "load_weights",
     "metrics",
+    "record_run",
     "report",
     "slices",
 ]

@@ -132,7 +132,7 @@ def image_files(
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Set dataset_dir to the folder of the images to segment.")
     endings = tuple(s for s in suffixes if s != SERIES)
-    found = {p: _stem(p) for p in folder.rglob("*") if p.name.lower().endswith(endings)}
+    found = {p: _stem(p) for p in folder.rglob("[!.]*") if p.name.lower().endswith(endings)}
     if SERIES in suffixes:
         found |= {p: p.resolve().name for p in (folder, *folder.rglob("*")) if is_series(p)}
     taken = sorted(p for p in found if not any(fnmatch(p.name, pattern) for pattern in ignore))

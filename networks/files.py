@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.data.folder_layout import default_name_formatter
-from monai.transforms import LoadImaged, MapTransform, SaveImage
+from monai.transforms import LoadImaged, MapTransform, SaveImage, SaveImaged
 from monai.utils import get_equivalent_dtype
 
 from .datasets import PICTURES, SERIES, VOLUMES
@@ -24,7 +25,11 @@ from .dicom import check_series
 from .errors import DataError
 from .pictures import label_picture
 
-__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "result_name", "whole_file", "write_csv"]
+__all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "SaveLabelMapd", "whole_file", "write_csv"]
+
+
+MOST_VALUES = 2**31
+"""Values of the largest volume that is read: 8 GB of floats."""
 
 
 class LoadVolumed(LoadImaged):
@@ -36,6 +41,7 @@ class LoadVolumed(LoadImaged):
         keys: keys of the file names.
         channels: channels that each image must have: 1 for CT and MR, 3 for RGB.
         suffixes: endings of the files to take; :data:`networks.datasets.SERIES` for folders of DICOM files.
+        allow_constant: take an image of one value everywhere, as a label may be.
         kwargs: further arguments of ``LoadImaged``, such as ``reader`` and ``dtype``.
 
     Shape:
@@ -44,15 +50,22 @@ class LoadVolumed(LoadImaged):
 
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
-            or channels, is empty, or holds NaN or infinite values; when a series has company in its folder, or a gap.
+            or channels, is empty or larger than :data:`MOST_VALUES`, has no position, holds NaN or infinite
+            values, or one value alone; when a series has company in its folder, or a gap.
     """
 
     def __init__(
-        self, keys: KeysCollection, channels: int = 1, suffixes: Sequence[str] = (*VOLUMES, SERIES), **kwargs: Any
+        self,
+        keys: KeysCollection,
+        channels: int = 1,
+        suffixes: Sequence[str] = (*VOLUMES, SERIES),
+        allow_constant: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
         self.channels = channels
         self.suffixes = tuple(suffixes)
+        self.allow_constant = allow_constant
 
     def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
         d = dict(data)
@@ -68,15 +81,21 @@ class LoadVolumed(LoadImaged):
         elif not str(file).lower().endswith(self.suffixes):
             raise DataError(f"{file} is none of the files that this bundle reads: {', '.join(self.suffixes)}.")
         try:
+            if str(file).lower().endswith(VOLUMES):
+                _check_header(file)
             volume = self._loader(file, reader)
             if isinstance(volume, tuple):  # MONAI Label asks its loaders for the metadata as well
                 volume = volume[0]
+        except DataError:
+            raise
         except Exception as error:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise DataError(f"Cannot read {file}: missing, truncated, or not an image file. ({text})") from error
+            raise DataError(
+                f"Cannot read {file}: missing, truncated, or not an image file. Copy or export it again. ({text})"
+            ) from error
         if str(file).lower().endswith(PICTURES):
             if volume.ndim != 3 or volume.shape[0] != self.channels:
                 raise DataError(
@@ -89,13 +108,29 @@ class LoadVolumed(LoadImaged):
         if volume.ndim != 4 or shape[0] != self.channels:
             raise DataError(
                 f"{file} has shape {shape[1:]} with {shape[0]} channel(s) or time points, expected one volume X, Y, Z "
-                f"of {self.channels} channel(s). Split time series and stacks into single volumes first."
+                f"of {self.channels} channel(s). Split time series and stacks, join single slices: one file per volume."
             )
-        if volume.numel() == 0:
-            raise DataError(f"{file} is empty: shape {shape[1:]}.")
+        axes = volume.affine[:3, :3].double()
+        if not bool(torch.isfinite(volume.affine).all()) or torch.linalg.matrix_rank(axes) < 3:
+            raise DataError(f"{file} says nothing of where it lies: affine {volume.affine.tolist()}. Export it again.")
         if not bool(torch.isfinite(volume).all()):
             raise DataError(f"{file} holds NaN or infinite voxels. Replace them, for example by the minimum.")
+        if not self.allow_constant and bool((volume == volume.flatten()[0]).all()):
+            raise DataError(f"{file} holds nothing but the value {volume.flatten()[0]:g}. Export the image again.")
         return volume
+
+
+def _check_header(file: Any) -> None:
+    """Before the content is unpacked: a few bytes may become more than any memory."""
+    header: Any = nib.load(file)
+    shape, dtype = list(header.shape), header.get_data_dtype()
+    if 0 in shape:
+        raise DataError(f"{file} is empty: shape {shape}. Export it again.")
+    if math.prod(shape) > MOST_VALUES:
+        raise DataError(f"{file} has shape {shape}, more than {MOST_VALUES} values. Crop or split it first.")
+    if dtype.kind not in "iuf":
+        kind = "colours" if dtype.fields else f"values of type {dtype}"
+        raise DataError(f"{file} holds {kind}, expected one real number per voxel. Convert it first.")
 
 
 class MapLabelsd(MapTransform):
@@ -224,17 +259,48 @@ class LabelMapWriter(NibabelWriter):
                 super().write(name, verbose=verbose, **obj_kwargs)
 
 
-def result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
-    """Name what is saved of a folder of DICOM files as MONAI names what is saved of a file; for ``SaveImaged``.
+class SaveLabelMapd(SaveImaged):
+    """:class:`monai.transforms.SaveImaged` for label maps: ``NAME_seg`` by :class:`LabelMapWriter`.
 
     Args:
-        meta: the image's.
-        saver: whose ``data_root_dir`` is left out of the name.
+        keys: keys of the label maps, ``1, X, Y, Z`` on the image file's grid.
+        output_dir: where to write.
+        output_ext: ``".nii.gz"``, or ``".png"`` of pictures.
+        data_root_dir: the images' folder; its subfolders are made in ``output_dir`` too.
 
-    Returns:
-        Arguments of MONAI's ``FolderLayout.filename``: of a folder ``root/A/1.2.3`` those of a file
-        ``root/A/1.2.3.dcm``, of ``root`` itself those of a file of its name in it.
+    Raises:
+        OSError: when the file cannot be written, with its name. MONAI would tell of it as a missing writer.
     """
+
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | Path, output_ext: str = ".nii.gz", data_root_dir: str | Path = ""
+    ) -> None:
+        super().__init__(
+            keys,
+            output_dir=output_dir,
+            output_postfix="seg",
+            output_ext=output_ext,
+            data_root_dir=str(data_root_dir),
+            separate_folder=False,
+        )
+
+    def target(self, image: str | Path) -> Path:
+        """The file of an image's label map. Its folder is made."""
+        return Path(self.saver.folder_layout.filename(**_result_name({"filename_or_obj": str(image)}, self.saver)))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            writer = LabelMapWriter(output_dtype=np.uint8)
+            writer.set_data_array(d[key], channel_dim=0, squeeze_end_dims=False)
+            writer.set_metadata(d[key].meta, resample=False)
+            writer.write(self.target(_file_of(d[key])))
+        return d
+
+
+def _result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
+    """Of a folder of DICOM files ``root/A/1.2.3`` what MONAI's name is of ``root/A/1.2.3.dcm``, of ``root`` itself
+    that of a file of its name in it."""
     names = default_name_formatter(meta, saver)
     path = Path(names["subject"])
     if path.is_dir():
@@ -247,21 +313,32 @@ def result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:
 def whole_file(target: Path) -> Iterator[str]:
     """A temporary name beside ``target``, renamed to it at the end: the file is there whole or not at all.
 
+    A process that is killed leaves its ``.partial-*``, which nothing reads.
+
     Args:
         target: its folder is made.
 
     Yields:
         The name to write to.
+
+    Raises:
+        OSError: when it cannot be written; it names ``target``.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
-    os.close(handle)
+    name = ""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
+        os.close(handle)
         yield name
+        with open(name, "rb") as file:
+            os.fsync(file)  # else a power failure could leave the new name and none of the content
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
+    except BaseException as error:
+        if name:
+            os.unlink(name)
+        if isinstance(error, OSError) and ".partial-" in str(error.filename or ".partial-"):
+            error.filename = str(target)
         raise
 
 

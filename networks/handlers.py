@@ -4,33 +4,69 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar as IgniteProgressBar
 from ignite.metrics import Average, Frequency, RunningAverage
+from monai.data import set_rnd
 from monai.engines import Evaluator, Trainer
 from monai.handlers import from_engine
+from monai.utils import set_determinism
 from torch import nn
 from torch.optim import Optimizer
 
-from .files import write_csv
+from .errors import DataError
+from .files import whole_file, write_csv
+from .weights import load_state_dict, read_tensors
 
-__all__ = ["Checkpoints", "History", "ProgressBar", "ShareBuffers", "read_history"]
+__all__ = ["Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "read_history"]
 
 logger = logging.getLogger(__name__)
+
+
+class EpochSeed:
+    """Handler of a trainer that makes all that an epoch draws a function of seed, epoch and process.
+
+    The order of slices, augmentation, dropout and Monte Carlo attention are the same in each run, and in one that goes
+    on from a checkpoint, which so needs no random state.
+
+    Args:
+        seed: 0 or greater.
+
+    Raises:
+        DataError: when ``seed`` is no such number.
+    """
+
+    def __init__(self, seed: int) -> None:
+        if not isinstance(seed, int) or seed < 0:
+            raise DataError(f"seed is a whole number from 0 up, got {seed!r}.")
+        self.seed = seed
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer."""
+        trainer.add_event_handler(Events.EPOCH_STARTED, self._start)
+
+    def _start(self, trainer: Trainer) -> None:
+        drawn = np.random.SeedSequence((self.seed, trainer.state.epoch, trainer.state.rank)).generate_state(1)
+        set_determinism(int(drawn[0]))  # workers and sampler draw theirs from torch's
+        set_rnd(getattr(trainer.data_loader, "dataset", None), int(drawn[0]))
 
 
 class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
     After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.ckpt`` all
-    that training goes on from: network, optimiser, gradient scaler, random state, epoch, best score. (Of every file
+    that training goes on from: network, optimiser, gradient scaler, epoch, best score. (Of every file
     ``*.pt`` there, MONAI Label would offer the shortest name first as a model.) MONAI's
     ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a restart.
+
+    With :class:`EpochSeed`, a training killed at any moment and resumed ends as an unbroken one: on a CPU with as many
+    threads bit for bit. A new training keeps the ``model.pt`` that it finds as ``model.pt.previous``.
 
     Args:
         directory: folder of both files.
@@ -40,7 +76,8 @@ class Checkpoints:
         resume: start from ``last.ckpt``.
 
     Raises:
-        ValueError: when ``resume`` is no truth value: on a command line, ``false`` is a text, and texts are true.
+        DataError: when ``resume`` is no truth value: on a command line, ``false`` is a text, and texts are true. At
+            the start of a resumed training, when ``last.ckpt`` is unreadable, of another network, or of other data.
         FileNotFoundError: at the start of a resumed training without ``last.ckpt``.
     """
 
@@ -53,7 +90,7 @@ class Checkpoints:
         resume: bool = False,
     ) -> None:
         if not isinstance(resume, bool):
-            raise ValueError(f"resume is True or False, got {resume!r}.")
+            raise DataError(f"resume is True or False, got {resume!r}.")
         self.directory = Path(directory)
         self.network = getattr(network, "module", network)  # without DistributedDataParallel's prefix
         self.optimizer = optimizer
@@ -61,11 +98,25 @@ class Checkpoints:
         self.resume = resume
 
     def attach(self, trainer: Trainer) -> None:
-        """Attach to a trainer, after its ``ValidationHandler``."""
-        if self.resume:
-            trainer.add_event_handler(Events.STARTED, self.restore)
+        """Attach to a trainer, after its ``ValidationHandler`` and what else ends an epoch: it is saved complete."""
+        trainer.add_event_handler(Events.STARTED, self.clear)
+        trainer.add_event_handler(Events.STARTED, self.restore if self.resume else self.keep_previous)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         trainer.add_event_handler(Events.COMPLETED, self.ensure)
+
+    def clear(self, trainer: Trainer) -> None:
+        """Remove what a training that was killed while it wrote left half."""
+        if trainer.state.rank == 0:
+            for partial in self.directory.glob(".partial-*"):
+                partial.unlink()
+
+    def keep_previous(self, trainer: Trainer) -> None:
+        """Copy the ``model.pt`` of an earlier training to ``model.pt.previous``."""
+        model = self.directory / "model.pt"
+        if trainer.state.rank == 0 and model.is_file():
+            with whole_file(model.with_name("model.pt.previous")) as name:
+                shutil.copyfile(model, name)
+            logger.warning(f"{model} of an earlier training will be replaced: a copy is {model}.previous.")
 
     def ensure(self, trainer: Trainer) -> None:
         """Write ``model.pt`` at the end of a training that was too short to be validated, or had nothing to score."""
@@ -86,7 +137,6 @@ class Checkpoints:
             "optimizer": self.optimizer.state_dict(),
             "trainer": trainer.state_dict(),
             "best": {"best_metric": float(best.best_metric), "best_metric_epoch": int(best.best_metric_epoch)},
-            "random": torch.get_rng_state(),
         }
         if trainer.scaler is not None:
             state["scaler"] = trainer.scaler.state_dict()
@@ -97,9 +147,16 @@ class Checkpoints:
         path = self.directory / "last.ckpt"
         if not path.is_file():
             raise FileNotFoundError(f"Nothing to resume: no {path}. Train without --resume first.")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        epochs = trainer.state.max_epochs
-        self.network.load_state_dict(state["network"])
+        state = read_tensors(path)
+        if not isinstance(state, dict) or not {"network", "optimizer", "trainer", "best"} <= state.keys():
+            raise DataError(f"{path} holds no state of a training. Train without --resume.")
+        epochs, length = trainer.state.max_epochs, trainer.state.epoch_length
+        if state["trainer"]["epoch_length"] != length:
+            raise DataError(
+                f"{path} comes from a training of {state['trainer']['epoch_length']} batches an epoch, this one has "
+                f"{length}. Resume with the same data and batch_size, or start anew from its weights with --start_from."
+            )
+        load_state_dict(self.network, state["network"], source=str(path))
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.load_state_dict(state["trainer"])
         trainer.state.max_epochs = epochs
@@ -107,7 +164,6 @@ class Checkpoints:
             trainer.scaler.load_state_dict(state["scaler"])
         for name, value in state["best"].items():
             setattr(self.evaluator.state, name, value)
-        torch.set_rng_state(state["random"])
         best = state["best"]
         logger.info(f"resumed after epoch {trainer.state.epoch} of {epochs}, best score {best['best_metric']:.4f}")
         if trainer.state.epoch >= epochs:
@@ -119,13 +175,11 @@ class Checkpoints:
         self._write("model.pt", {name: tensor.cpu() for name, tensor in self.network.state_dict().items()})
 
     def _write(self, name: str, state: Any) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = self.directory / f".{name}.partial"
-        try:
-            torch.save(state, partial)
-            os.replace(partial, self.directory / name)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(self.directory / name) as partial, open(partial, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch tells of a full disk as of a wrong position
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 class ProgressBar:
@@ -179,18 +233,12 @@ class History:
         self.path = Path(output_dir) / "history.csv"
         self.optimizer = optimizer
         self.evaluator = evaluator
-        self.rows: list[dict[str, str]] = []
 
     def attach(self, trainer: Trainer) -> None:
-        """Attach to a trainer, after its ``ValidationHandler`` and whatever resumes it."""
+        """Attach to a trainer, after its ``ValidationHandler`` and before :class:`Checkpoints`."""
         Average(output_transform=from_engine(["loss"], first=True)).attach(trainer, "mean_loss")
         if trainer.state.rank == 0:
-            trainer.add_event_handler(Events.STARTED, self._take_up)
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note)
-
-    def _take_up(self, trainer: Trainer) -> None:
-        before = read_history(self.path) if trainer.state.epoch else []
-        self.rows = [row for row in before if int(row["epoch"]) <= trainer.state.epoch]
 
     def _note(self, trainer: Trainer) -> None:
         state = self.evaluator.state
@@ -201,8 +249,9 @@ class History:
             "score": f"{state.metrics[state.key_metric_name]:.6f}" if validated else "",
             "learning_rate": f"{self.optimizer.param_groups[0]['lr']:.3g}",
         }
-        self.rows.append(row)
-        write_csv(self.path, self.columns, [[row[c] for c in self.columns] for row in self.rows])
+        # A training killed after this and before its checkpoint does the epoch again.
+        before = [row for row in read_history(self.path) if int(row["epoch"]) < trainer.state.epoch]
+        write_csv(self.path, self.columns, [[row[c] for c in self.columns] for row in (*before, row)])
 
 
 class ShareBuffers:

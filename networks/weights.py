@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import DataError
 
-__all__ = ["load_matching", "load_torchscript", "load_weights", "read_weights"]
+__all__ = ["load_matching", "load_torchscript", "load_weights", "read_tensors", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,25 +38,39 @@ def read_weights(path: str | Path) -> StateDict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No weights at {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        cause = str(error).strip().splitlines() or [""]
-        raise DataError(
-            f"Cannot read weights from {path}: the file is truncated, or no plain file of tensors. "
-            f"Fetch or save it again. ({type(error).__name__}: {cause[0]})"
-        ) from error
+    state = read_tensors(path)
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"{path} holds no state dict: expected names and tensors, bare or under 'model'.")
     return state
+
+
+def read_tensors(path: Path) -> Any:
+    """What a file of tensors holds, in containers of whatever kind; nothing else is unpickled.
+
+    Args:
+        path: a ``.safetensors`` file, or one in torch's format.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        DataError: when it is truncated, of another format, or holds anything but tensors, numbers and texts.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        cause = str(error).strip().splitlines() or [""]
+        raise DataError(
+            f"Cannot read weights from {path}: the file is truncated, or no plain file of tensors. "
+            f"Fetch or save it again. ({type(error).__name__}: {cause[0].split('. ')[0]})"
+        ) from error
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:

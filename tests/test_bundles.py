@@ -28,8 +28,13 @@ from networks.datasets import cases
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
 SAMPLES = ["fias_acdc", "danie_glas"]
-QUICK = {"image_size": 32, "num_workers": 0, "device": "cpu", "size": "small"}
-TRAIN = {**QUICK, "pretrained": False}
+
+
+def quick(name: str, **more: object) -> dict[str, object]:
+    """Options with which a bundle takes seconds."""
+    size = {"size": "small"} if name.startswith("danie") else {}
+    return {"image_size": 32, "num_workers": 0, "device": "cpu", **size, **more}
+
 
 samples = pytest.mark.parametrize("name", SAMPLES, indirect=True, scope="module")
 of_volumes = pytest.mark.parametrize("name", SAMPLES[:1], indirect=True, scope="module")
@@ -60,7 +65,13 @@ def pictures(name: str) -> bool:
 def trained(name, configs, data, run_bundle, tmp_path_factory) -> Path:
     """A bundle root after one epoch of training, tracked by MLflow; its log in ``log.txt``."""
     root = tmp_path_factory.mktemp(name)
-    options = {"bundle_root": root, "dataset_dir": data, "epochs": 1, "tracking": "mlflow", **TRAIN}
+    options = {
+        "bundle_root": root,
+        "dataset_dir": data,
+        "epochs": 1,
+        "tracking": "mlflow",
+        **quick(name, pretrained=False),
+    }
     result = run_bundle("training", f"{configs}/train.json", **options)
     (root / "log.txt").write_text(result.stdout)
     return root
@@ -95,7 +106,7 @@ def test_training_leaves_checkpoints_history_and_events(trained):
 
 
 def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run_bundle, pictures):
-    arguments = {"bundle_root": trained, "dataset_dir": data, **QUICK}
+    arguments = {"bundle_root": trained, "dataset_dir": data, **quick(name)}
     log = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
     summary = (trained / "eval" / "summary.md").read_text(encoding="utf-8")
     assert summary.strip() in log and "| Dice, % |" in summary and "mean ± standard deviation" in summary
@@ -111,8 +122,10 @@ def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run
         assert Image.open(trained / "eval" / f"{picture}.png").size[1] >= 256
 
 
-def test_inference_writes_each_image_s_label_map_on_its_grid(trained, configs, data, run_bundle, tmp_path, pictures):
-    arguments = {"bundle_root": trained, "dataset_dir": data, "output_dir": tmp_path, "overlay": True, **QUICK}
+def test_inference_writes_each_image_s_label_map_on_its_grid(
+    name, trained, configs, data, run_bundle, tmp_path, pictures
+):
+    arguments = {"bundle_root": trained, "dataset_dir": data, "output_dir": tmp_path, "overlay": True, **quick(name)}
     run_bundle("inferring", f"{configs}/inference.json", **arguments)
     maps = sorted(p for p in tmp_path.rglob("*_seg.*"))
     assert maps and len(list(tmp_path.rglob("*_overlay.png"))) == len(maps)
@@ -135,8 +148,8 @@ def test_run_names_the_one_entry_of_each_config(configs):
 
 
 @of_volumes
-def test_evaluation_over_the_training_config_gives_the_same(trained, configs, data, run_bundle):
-    arguments = {"bundle_root": trained, "dataset_dir": data, **TRAIN}
+def test_evaluation_over_the_training_config_gives_the_same(name, trained, configs, data, run_bundle):
+    arguments = {"bundle_root": trained, "dataset_dir": data, **quick(name, pretrained=False)}
     alone = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
     table = (trained / "eval" / "summary.md").read_text(encoding="utf-8").strip()
     assert table in alone
@@ -146,14 +159,14 @@ def test_evaluation_over_the_training_config_gives_the_same(trained, configs, da
 
 
 @of_volumes
-def test_resume_takes_up_epoch_optimiser_best_score_and_history(trained, configs, data, run_bundle, tmp_path):
+def test_resume_takes_up_epoch_optimiser_best_score_and_history(name, trained, configs, data, run_bundle, tmp_path):
     shutil.copytree(trained, tmp_path / "root")
     last = tmp_path / "root" / "models" / "last.ckpt"
     before = torch.load(last, weights_only=True)
     before["best"]["best_metric"] = 2.0  # out of reach: a resumed run must not think its first epoch the best
     torch.save(before, last)
     model = (last.parent / "model.pt").read_bytes()
-    arguments = {"bundle_root": tmp_path / "root", "dataset_dir": data, "resume": True, **TRAIN}
+    arguments = {"bundle_root": tmp_path / "root", "dataset_dir": data, "resume": True, **quick(name, pretrained=False)}
     log = run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
     after = torch.load(last, weights_only=True)
     assert "resumed after epoch 1 of 2, best score 2.0000" in log
@@ -168,7 +181,7 @@ def test_resume_takes_up_epoch_optimiser_best_score_and_history(trained, configs
 
 
 @of_pictures
-def test_your_own_data_trains_by_overrides_from_another_checkpoint(trained, configs, data, run_bundle, tmp_path):
+def test_your_own_data_trains_by_overrides_from_another_checkpoint(name, trained, configs, data, run_bundle, tmp_path):
     """A folder of images and labels with three classes, started from a checkpoint of the bundle's own."""
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()
@@ -184,40 +197,40 @@ def test_your_own_data_trains_by_overrides_from_another_checkpoint(trained, conf
             Image.fromarray(np.asarray(Image.open(label)).clip(0, 2)).save(to)
     own = {"dataset_dir": tmp_path, "layout": "folder", "num_classes": 3, "bundle_root": tmp_path / "root"}
     start = trained / "models" / "model.pt"
-    arguments = {**own, "start_from": start, "epochs": 1, **TRAIN}
+    arguments = {**own, "start_from": start, "epochs": 1, **quick(name, pretrained=False)}
     log = run_bundle("training", f"{configs}/train.json", **arguments).stdout
     total = len(torch.load(start, weights_only=True))
     heads = [k for k in torch.load(start, weights_only=True) if k.startswith("heads.")]
     assert f"start from {start}: {total - len(heads)} of {total} tensors taken" in log
     assert f"{len(heads)} tensors in the file, left out: {', '.join(sorted(heads))}" in log
-    run_bundle("evaluating", f"{configs}/evaluate.json", **own, **QUICK)
+    run_bundle("evaluating", f"{configs}/evaluate.json", **own, **quick(name))
     assert "class 2" in (tmp_path / "root" / "eval" / "summary.md").read_text(encoding="utf-8")
     cases = [{"image": str(f), "label": f"labels/{f.name}"} for f in sorted((tmp_path / "images").iterdir())]
     cases = [{**c, "image": f"images/{Path(c['image']).name}"} for c in cases]
     datalist = tmp_path / "dataset.json"
     datalist.write_text(json.dumps({"training": cases[:4], "validation": cases[4:5], "test": cases[5:]}))
     listed = {**own, "dataset_dir": datalist, "layout": "datalist"}
-    run_bundle("evaluating", f"{configs}/evaluate.json", **listed, **QUICK)
+    run_bundle("evaluating", f"{configs}/evaluate.json", **listed, **quick(name))
     assert "case5" in (tmp_path / "root" / "eval" / "cases.csv").read_text()
 
 
 @samples
-def test_runs_from_the_bundle_s_own_folder(trained, configs, one_case, run_bundle, tmp_path):
+def test_runs_from_the_bundle_s_own_folder(name, trained, configs, one_case, run_bundle, tmp_path):
     root = tmp_path / "elsewhere"
     shutil.copytree(configs.parent, root, ignore=shutil.ignore_patterns("models", "eval"))
     shutil.copytree(trained / "models", root / "models")
-    run_bundle("inferring", "configs/inference.json", cwd=root, dataset_dir=one_case, **QUICK)
+    run_bundle("inferring", "configs/inference.json", cwd=root, dataset_dir=one_case, **quick(name))
     assert len(list((root / "eval").glob("*_seg.*"))) == 1
 
 
 @pytest.fixture(scope="module")
-def torchrun(configs, data) -> Callable[..., str]:
+def torchrun(name, configs, data) -> Callable[..., str]:
     """``torchrun(run_id, *files, **overrides)`` in two processes with gloo; their log."""
 
     def torchrun(run_id: str, *files: str, **overrides: object) -> str:
         config = str([f"{configs}/{file}.json" for file in files])
         launch = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run".split()
-        options = {**TRAIN, "dataset_dir": data, **overrides}
+        options = {**quick(name, pretrained=False), "dataset_dir": data, **overrides}
         del options["device"]
         arguments = [f"--{key}={value}" for key, value in options.items()]
         return run(*launch, run_id, "--config_file", config, *arguments, threads=1).stdout
@@ -230,7 +243,7 @@ def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle
     """The same tables and label maps, each case once."""
     alone, together, ckpt = tmp_path / "alone", tmp_path / "together", {"ckpt_dir": tmp_path}
     save_random(FIAS(1, 4), tmp_path / "model.pt")
-    options = {"dataset_dir": data, "output_dir": alone, **ckpt, **QUICK}
+    options = {"dataset_dir": data, "output_dir": alone, **ckpt, **quick(name)}
     run_bundle("evaluating", f"{configs}/evaluate.json", **options)
     run_bundle("inferring", f"{configs}/inference.json", **options)
     torchrun("evaluating", "evaluate", "multi_gpu_evaluate", output_dir=together, **ckpt)
@@ -250,7 +263,7 @@ def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle
 
 @of_volumes
 @pytest.mark.parametrize("validation", [1, 3])
-def test_two_processes_train_to_one_model(validation, configs, data, run_bundle, torchrun, tmp_path):
+def test_two_processes_train_to_one_model(name, validation, configs, data, run_bundle, torchrun, tmp_path):
     """Its score is what one process finds; of uneven shares too, and of one case, which both then score."""
     found = cases("acdc", data, "train")
     splits = {"training": found[:4], "validation": found[-validation:]}
@@ -260,7 +273,7 @@ def test_two_processes_train_to_one_model(validation, configs, data, run_bundle,
     save_random(FIAS(1, 4), tmp_path / "start.pt")
     torchrun("training", "train", "multi_gpu_train", epochs=1, start_from=tmp_path / "start.pt", **options)
     assert len({file.name.split(".")[-2] for file in (tmp_path / "eval").glob("events.*")}) == 1  # one process's
-    run_bundle("evaluating", f"{configs}/evaluate.json", split="validation", **options, **QUICK)
+    run_bundle("evaluating", f"{configs}/evaluate.json", split="validation", **options, **quick(name))
     (epoch,), scores = (list(csv.DictReader((tmp_path / "eval" / f).open())) for f in ("history.csv", "cases.csv"))
     dice = [float(case[column]) for case in scores for column in case if column.startswith("dice")]
     assert len(dice) == 3 * validation and np.mean(dice) > 0
@@ -312,7 +325,9 @@ def _changed(data: Path, tmp_path: Path, place: str, change) -> Path:
 
 def _fails(run_bundle, name: str, data: Path, root: Path, message: str) -> None:
     config = f"{ROOT}/bundles/{name}/configs/train.json"
-    result = run_bundle("training", config, check=False, bundle_root=root, dataset_dir=data, **TRAIN)
+    result = run_bundle(
+        "training", config, check=False, bundle_root=root, dataset_dir=data, **quick(name, pretrained=False)
+    )
     assert result.returncode == 1
     error = result.stdout[result.stdout.rindex("\nError: ") :]
     assert re.search(message, error, re.S) and "Traceback" not in error, error
@@ -320,8 +335,8 @@ def _fails(run_bundle, name: str, data: Path, root: Path, message: str) -> None:
 
 
 @of_pictures
-def test_wrong_weights_end_in_one_sentence(trained, configs, data, run_bundle, tmp_path):
-    arguments = {"dataset_dir": data, **QUICK}
+def test_wrong_weights_end_in_one_sentence(name, trained, configs, data, run_bundle, tmp_path):
+    arguments = {"dataset_dir": data, **quick(name)}
     absent = run_bundle("evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=tmp_path, **arguments)
     assert absent.returncode == 1 and "Error: No weights at" in absent.stdout and "Train them" in absent.stdout
     other = run_bundle(
@@ -344,7 +359,7 @@ def test_all_properties_resolve(name, configs, data, tmp_path):
             logging_file=False,
             dataset_dir=str(data),
             bundle_root=str(tmp_path),
-            **TRAIN,
+            **quick(name, pretrained=False),
         )
         workflow.parser["initialize"] = []
         workflow.initialize()
@@ -365,7 +380,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     for a, b in ((train, evaluate), (evaluate, inference)):
         for key in a.keys() & b.keys() - {
             *("network_def", "network", "initialize", "run", "num_workers", "imports"),
-            *("preprocessing", "postprocessing", "dataset", "handlers", "evaluator"),
+            *("preprocessing", "postprocessing", "cases", "record", "dataset", "handlers", "evaluator"),
         }:
             assert a[key] == b[key], key
 
@@ -445,7 +460,7 @@ def test_ckpt_export_gives_the_same_network(name, trained, configs, one_case, ru
     for files in (f"{configs}/inference.json", f"['{configs}/inference.json','{configs}/inference_ts.json']"):
         root = trained / "models" if not maps else tmp_path
         output = tmp_path / str(len(maps))
-        run_bundle("inferring", files, dataset_dir=one_case, ckpt_dir=root, output_dir=output, **QUICK)
+        run_bundle("inferring", files, dataset_dir=one_case, ckpt_dir=root, output_dir=output, **quick(name))
         (label,) = output.glob("*_seg.*")
         maps.append(np.asarray(Image.open(label) if label.suffix == ".png" else nib.load(label).dataobj))
     print(f"{name}: {np.mean(maps[0] == maps[1]):.6f} of the voxels equal")

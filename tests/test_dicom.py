@@ -10,11 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, SaveImaged
+from monai.transforms import Compose
 
 from networks import DataError
 from networks.datasets import image_files
-from networks.files import LabelMapWriter, LoadVolumed, result_name
+from networks.files import LoadVolumed, SaveLabelMapd
 
 SPACING = (0.8, 0.7, 2.5)
 ORIGIN = (-10.0, 20.0, -30.0)
@@ -69,17 +69,7 @@ def test_a_series_is_one_volume_in_its_own_geometry(tmp_path):
 def test_a_label_map_of_a_series_lies_on_it_for_itk(tmp_path):
     write_series(tmp_path / "in" / "A" / "1.2.3")
     write_series(tmp_path / "in" / "A" / "1.2.4", uid="1.9")
-    save = SaveImaged(
-        "image",
-        writer=LabelMapWriter,
-        output_dir=tmp_path / "out",
-        output_postfix="seg",
-        data_root_dir=tmp_path / "in",
-        output_name_formatter=result_name,
-        separate_folder=False,
-        resample=False,
-        output_dtype=np.uint8,
-    )
+    save = SaveLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "in")
     for case in image_files(tmp_path / "in"):
         Compose([LoadVolumed("image"), save])(case)
     maps = sorted((tmp_path / "out").rglob("*.nii.gz"))
@@ -92,10 +82,9 @@ def test_a_label_map_of_a_series_lies_on_it_for_itk(tmp_path):
 
 
 def test_what_is_saved_of_the_folder_itself_stays_in_the_output_folder(tmp_path):
-    saver = SaveImaged("image", output_dir=tmp_path / "out", data_root_dir=tmp_path / "ct").saver
     (tmp_path / "ct").mkdir()
-    name = result_name({"filename_or_obj": str(tmp_path / "ct")}, saver)
-    assert Path(saver.folder_layout.filename(**name)).parents[1] == tmp_path / "out"
+    saver = SaveLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "ct")
+    assert saver.target(tmp_path / "ct") == tmp_path / "out" / "ct_seg.nii.gz"
 
 
 def test_series_are_found_by_content_beside_other_files(tmp_path):

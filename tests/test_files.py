@@ -8,12 +8,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, Invertd, Resized, SaveImaged
+from monai.transforms import Compose, Invertd, Resized
 from PIL import Image
 
 from networks import DataError
 from networks.datasets import PICTURES
-from networks.files import CheckLabeld, LoadVolumed, MapLabelsd, whole_file
+from networks.files import CheckLabeld, LoadVolumed, MapLabelsd, SaveLabelMapd, whole_file
 from networks.pictures import COLOURS
 from networks.slices import SliceOrientationd, VolumeDataset
 
@@ -90,8 +90,7 @@ def test_a_picture_is_a_volume_of_one_slice_and_its_label_map_lies_on_it(tmp_pat
     case["pred"] = case["image"][:1] * 0 + pred
     case = Invertd("pred", prepare, "image", nearest_interp=True)(case)
     assert case["pred"].shape == (1, 60, 40, 1)
-    options = {"output_postfix": "seg", "output_ext": ".png", "output_dtype": torch.uint8, "separate_folder": False}
-    SaveImaged("pred", writer="networks.files.LabelMapWriter", output_dir=tmp_path / "out", **options)(case)
+    SaveLabelMapd("pred", tmp_path / "out", ".png")(case)
     saved = Image.open(tmp_path / "out" / "image_seg.png")
     assert saved.size == (60, 40)
     values = np.asarray(saved)

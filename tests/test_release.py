@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -19,7 +20,7 @@ import pytest
 import requests
 import torch
 from conftest import ROOT, run
-from monai.apps.utils import HashCheckError
+from monai.apps.utils import HashCheckError, extractall
 
 from networks import FIAS, DataError
 
@@ -86,7 +87,8 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published):
     train = json.loads(configs["train"])
     assert train["start_from"] == "$@bundle_root + '/models/model.pt'" and train["pretrained"] is False
     info = json.loads((folder / "models" / "model_info.json").read_text())["fias_acdc_v0.1.0"]
-    assert info["source"] == f"{url}/fias_acdc_v0.1.0.zip" and info["checksum"] in printed
+    assert info["source"] == f"{url}/fias_acdc_v0.1.0.zip" and len(info["checksum"]) == 40
+    assert hashlib.sha256((folder / "fias_acdc_v0.1.0.zip").read_bytes()).hexdigest() in printed
     assert "metadata is verified with no error" in printed
 
 
@@ -141,6 +143,15 @@ def test_the_printed_command_refuses_a_wrong_checksum(published, tmp_path, monke
     assert not list(tmp_path.iterdir())
     exec(code)
     assert (tmp_path / "fias_acdc" / "configs" / "train.json").is_file()
+
+
+def test_a_zip_writes_nothing_outside_its_folder(tmp_path):
+    for name in ("../outside", "/tmp/outside", "fias_acdc/../../outside"):
+        with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+            archive.writestr(name, "")
+        with pytest.raises(ValueError, match="Unsafe path"):
+            extractall(tmp_path / "evil.zip", tmp_path / "in")
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["evil.zip"]
 
 
 def test_github_s_layout_is_what_monai_reads(published, tmp_path, monkeypatch):

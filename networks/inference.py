@@ -1,0 +1,105 @@
+"""Inference over many cases, unattended: a bad one stops no other, and what is done is not done again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.utils import ensure_tuple, string_list_all_gather
+
+from .errors import DataError, sentence
+from .files import LoadVolumed, SaveLabelMapd
+
+__all__ = ["CaseEvaluator", "unfinished"]
+
+logger = logging.getLogger(__name__)
+
+
+class CaseEvaluator(SupervisedEvaluator):
+    """:class:`monai.engines.SupervisedEvaluator` that goes on after a case that it cannot do, and names it at the end.
+
+    Such is a file that cannot be used, or one that does not fit into memory. Where nothing can be written it stops.
+
+    Raises:
+        DataError: by ``run``, when all other cases are done: which failed, and why. With several processes, in each.
+    """
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Do all cases of the loader; see :class:`monai.engines.Evaluator`."""
+        self.failed: list[str] = []
+        loader = self.data_loader
+        self.data_loader, self.state.epoch_length = self._usable(loader), None
+        try:
+            super().run(global_epoch)
+        finally:
+            self.data_loader = loader
+        failed = [reason for reason in string_list_all_gather(self.failed) if reason]
+        if failed:
+            raise DataError(f"{len(failed)} of the cases failed, the others are done:\n" + "\n".join(failed))
+
+    def _usable(self, loader: Iterable) -> Iterator[Any]:
+        """A loader goes on after an error, in its workers too."""
+        batches = iter(loader)
+        while True:
+            try:
+                yield next(batches)
+            except StopIteration:
+                return
+            except DataError as error:
+                self._note(str(error))
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
+        try:
+            return super()._iteration(engine, batchdata)
+        except Exception as error:
+            if sentence(error):  # of a file that cannot be written: nor could the next
+                raise
+            files = ", ".join(ensure_tuple(batchdata["image"].meta["filename_or_obj"]))
+            self._note(f"{files}: {type(error).__name__}: {error}", trace=True)
+            engine.state.batch, engine.state.output = [], []  # nothing for the handlers of an iteration
+            return engine.state.output
+
+    def _note(self, reason: str, trace: bool = False) -> None:
+        logger.error(reason, exc_info=trace)
+        self.failed.append(reason)
+
+
+def unfinished(
+    cases: Sequence[Mapping[str, Any]], saver: SaveLabelMapd, newer_than: Sequence[str | Path], resume: bool = True
+) -> list[Mapping[str, Any]]:
+    """The cases without a label map that is whole and newer than the image and than all that it was made by.
+
+    Args:
+        cases: ``{"image": path}`` each.
+        saver: what names the label maps.
+        newer_than: files such as weights and the record of the config; one that is absent makes all cases unfinished.
+        resume: False takes all cases.
+
+    Returns:
+        Some of the cases, in their order; with several processes, what the first one finds.
+    """
+    if not resume:
+        return list(cases)
+    made_by = [Path(file) for file in newer_than]
+    found = [[case for case in cases if not _is_done(case["image"], saver.target(case["image"]), made_by)]]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)  # the first process may write by the time that another looks
+    logger.info(f"{len(cases) - len(found[0])} of {len(cases)} cases are done, {len(found[0])} to do")
+    return found[0]
+
+
+def _is_done(image: str, target: Path, made_by: Sequence[Path]) -> bool:
+    before = [*made_by, Path(image)]
+    if not target.is_file() or not all(file.exists() for file in before):
+        return False
+    if target.stat().st_mtime_ns <= max(file.stat().st_mtime_ns for file in before):
+        return False
+    try:
+        LoadVolumed("pred", suffixes=("",))({"pred": target})
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,163 @@
+"""Inference left alone over night: a bad case stops no other, what is done is not done again, memory stays flat."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, save_random
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+from networks import FIAS, DataError
+
+CONFIG = f"{ROOT}/bundles/fias_acdc/configs/inference.json"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with a model.pt."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_random(FIAS(1, 4), folder / "model.pt")
+    return folder
+
+
+@pytest.fixture
+def images(phantoms, tmp_path) -> Path:
+    """A folder of three volumes."""
+    (tmp_path / "in").mkdir()
+    for i, patient in enumerate(("patient002", "patient003", "patient004")):
+        volume = phantoms("acdc") / "training" / patient / f"{patient}_frame01.nii.gz"
+        shutil.copy(volume, tmp_path / "in" / f"{i}.nii.gz")
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def infer(weights, images, tmp_path) -> Callable[..., list[str]]:
+    """``infer(**overrides)``: the names of all that was written anew, sorted."""
+
+    def infer(**overrides: object) -> list[str]:
+        out = tmp_path / "out"
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+        options = {"dataset_dir": str(images), "output_dir": str(out), "ckpt_dir": str(weights), "device": "cpu"}
+        workflow = ConfigWorkflow(CONFIG, workflow_type="infer", **{**options, "image_size": 32, **overrides})
+        try:
+            workflow.initialize()
+            workflow.run()
+        except RuntimeError as error:  # the expression's
+            raise error.__cause__ or error
+        finally:
+            written = [p.name for p in out.rglob("*_seg*") if p.stat().st_mtime_ns != before.get(p)]
+            assert not list(out.rglob(".partial-*"))
+        return sorted(written)
+
+    return infer
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_cases_are_named_and_the_others_done(num_workers, images, infer, tmp_path):
+    good = nib.load(images / "0.nii.gz")
+    (images / "a.nii.gz").write_bytes((images / "0.nii.gz").read_bytes()[:1000])
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 3, 5)), good.affine), images / "b.nii.gz")
+    with pytest.raises(DataError, match="2 of the cases failed, the others are done") as error:
+        infer(num_workers=num_workers)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and "a.nii.gz" in lines[1] and "truncated" in lines[1] and "b.nii.gz has shape" in lines[2]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*_seg*")) == [f"{i}_seg.nii.gz" for i in range(3)]
+
+
+def test_the_command_line_names_bad_cases_and_fails(images, weights, run_bundle, tmp_path):
+    for file in images.iterdir():
+        file.write_bytes(b"")
+    options = {"dataset_dir": images, "output_dir": tmp_path / "out", "ckpt_dir": weights, "device": "cpu"}
+    result = run_bundle("inferring", CONFIG, check=False, image_size=32, **options)
+    assert result.returncode == 1
+    error = result.stdout[result.stdout.rindex("\nError: ") :]
+    assert error.count("Cannot read") == 3 and "Traceback" not in error
+    assert not list((tmp_path / "out").rglob("*_seg*"))
+
+
+def test_a_case_that_fails_in_the_network_is_named_and_the_others_done(images, infer, monkeypatch):
+    forward = FIAS.forward
+
+    def no_memory_for_the_second(self: FIAS, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, x)
+
+    calls: list[int] = []
+    monkeypatch.setattr(FIAS, "forward", no_memory_for_the_second)
+    with pytest.raises(DataError, match="1 of the cases failed.*\n.*1.nii.gz: OutOfMemoryError: out of memory"):
+        infer(overlay=True)
+    assert len(calls) == 3
+
+
+def test_a_resumed_inference_does_what_is_not_whole_or_older(images, infer, weights, tmp_path):
+    every = [f"{i}_seg.nii.gz" for i in range(3)]
+    assert infer(resume=True) == every  # nothing there yet
+    assert infer(resume=True) == []
+    assert infer() == every
+    out = tmp_path / "out"
+    (out / "0_seg.nii.gz").unlink()
+    half = (out / "1_seg.nii.gz").read_bytes()
+    (out / "1_seg.nii.gz").write_bytes(half[: len(half) // 2])
+    shutil.copy(images / "0.nii.gz", images / "new.nii.gz")
+    assert infer(resume=True) == [*every[:2], "new_seg.nii.gz"]
+    os.utime(images / "2.nii.gz")
+    assert infer(resume=True) == every[2:]
+    os.utime(weights / "model.pt")
+    assert len(infer(resume=True)) == 4
+    assert len(infer(resume=True, image_size=48)) == 4
+    assert infer(resume=True, image_size=48) == []
+
+
+def test_a_run_is_recorded_beside_its_results_and_can_be_run_again(infer, tmp_path):
+    infer(image_size=48)
+    record = tmp_path / "out" / "inferring.json"
+    config = json.loads(record.read_text())
+    assert config["image_size"] == 48 and config["output_dir"] == str(tmp_path / "out")
+    assert config["_run_"]["packages"]["monai"] and len(config["_run_"]["revision"].split(",")[0]) == 40
+    cases = json.loads((tmp_path / "out" / "inferring_cases.json").read_text())
+    assert [Path(case["image"]).name for case in cases] == ["0.nii.gz", "1.nii.gz", "2.nii.gz"]
+    first = (tmp_path / "out" / "0_seg.nii.gz").read_bytes()
+    (tmp_path / "out" / "0_seg.nii.gz").unlink()
+    again = ConfigWorkflow(str(record), workflow_type="infer")
+    again.initialize()
+    again.run()
+    assert (tmp_path / "out" / "0_seg.nii.gz").read_bytes() == first
+
+
+@pytest.mark.parametrize("network", ["convolution", pytest.param("FIAS", marks=pytest.mark.slow)])
+def test_memory_stays_flat_over_200_volumes(network, weights, tmp_path):
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the system does not say how much memory a process holds")
+    (tmp_path / "in").mkdir()
+    voxels = np.random.default_rng(0).integers(0, 1000, (128, 112, 20)).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2, 8, 1])), tmp_path / "in" / "000.nii.gz")
+    for i in range(1, 200):
+        os.link(tmp_path / "in" / "000.nii.gz", tmp_path / "in" / f"{i:03}.nii.gz")
+    options = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(weights)}
+    if network == "convolution":  # as much around the network, in a tenth of the time
+        options["network_def"] = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
+        options["initialize"] = "$None"
+    workflow = ConfigWorkflow(CONFIG, workflow_type="infer", device="cpu", image_size=32, **options)
+    workflow.initialize()
+    memory: list[int] = []
+
+    def note() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        memory.append(pages * os.sysconf("SC_PAGE_SIZE") // 2**20)
+
+    workflow.parser.get_parsed_content("evaluator").add_event_handler(Events.ITERATION_COMPLETED(every=20), note)
+    workflow.run()
+    print(f"{network}, MB after each 20 of 200 volumes of {voxels.nbytes / 2**20:.1f} MB: {memory}")
+    assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 200
+    assert max(memory[5:]) - max(memory[:5]) < 10  # one volume in ten kept would be 11 MB and more

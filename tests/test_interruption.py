@@ -1,0 +1,104 @@
+"""Broken off and taken up again: a training killed by the system ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from monai.bundle import ConfigWorkflow
+
+from networks.datasets import cases
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
+
+
+def train(root: str, data: str, resume: bool, **overrides: object) -> None:
+    """Train FIAS in this process."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
+    workflow = ConfigWorkflow(
+        str(ROOT / "bundles/fias_acdc/configs/train.json"),
+        bundle_root=root,
+        dataset_dir=data,
+        layout="datalist",
+        resume=resume,
+        **{"image_size": 32, "num_workers": 0, "device": "cpu", "learning_rate": 1e-3, **overrides},
+    )
+    workflow.initialize()
+    workflow.run()
+
+
+@pytest.fixture(scope="module")
+def datalist(phantoms, tmp_path_factory) -> str:
+    """Two volumes to train on and one to validate, of three slices."""
+    found = cases("acdc", phantoms("acdc"), "train")[:3]
+    entries = [{"image": case["image"], "label": case["label"]} for case in found]
+    file = tmp_path_factory.mktemp("list") / "dataset.json"
+    file.write_text(json.dumps({"training": entries[:2], "validation": entries[2:]}))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def start(datalist) -> Callable[..., BaseProcess]:
+    """Start :func:`train` in a process of its own, which may be killed; it goes on where there is a checkpoint."""
+
+    def start(root: Path, **overrides: object) -> BaseProcess:
+        resume = (root / "models" / "last.ckpt").exists()
+        process = processes.Process(target=train, args=(str(root), datalist, resume), kwargs=overrides)
+        process.start()
+        return process
+
+    return start
+
+
+def kill(process: BaseProcess, models: Path, moment: float | None) -> None:
+    """Kill -9 that many seconds after the next epoch's checkpoint; None kills while a file is written."""
+
+    def saved() -> float:
+        return last.stat().st_mtime if last.exists() else 0
+
+    last = models / "last.ckpt"
+    before = saved()
+    while process.is_alive() and not (any(models.glob(".partial-*")) if moment is None else saved() > before):
+        time.sleep(0.001)
+    time.sleep(moment or 0)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "kills"),
+    [(0, 3), pytest.param(0, 20, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)],
+)
+def test_a_training_killed_at_any_moment_ends_as_an_unbroken_one(num_workers, kills, start, tmp_path):
+    """The same weights, optimiser, best score and history to the last bit, and nothing half-written."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"num_workers": num_workers, "epochs": kills + 1}
+    first = start(whole, **options)
+    moments, epochs = random.Random(0), []
+    for i in range(kills):
+        kill(start(broken, **options), broken / "models", moments.uniform(0, 1) if i % 2 else None)
+        last = broken / "models" / "last.ckpt"
+        epochs.append(torch.load(last, weights_only=True)["trainer"]["iteration"] // 3 if last.exists() else 0)
+    final = start(broken, **options)
+    for process in (first, final):
+        process.join()
+        assert process.exitcode == 0
+    print(f"{kills} kills, after which these epochs were whole: {epochs}")
+    for name in ("last.ckpt", "model.pt"):
+        one, other = (torch.load(root / "models" / name, weights_only=True) for root in (whole, broken))
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    one, other = ((root / "eval" / "history.csv").read_text() for root in (whole, broken))
+    assert one == other and len(one.splitlines()) == kills + 2
+    assert not list(broken.rglob(".partial-*"))
