@@ -60,7 +60,7 @@ def dilated_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, kernel_si
     x = torch.zeros_like(q)
     for n in range(kernel_size * kernel_size):
         i, j = n // kernel_size * dilation, n % kernel_size * dilation
-        x = torch.addcmul(x, weights[:, :, n : n + 1], v[:, :, :, i : i + h, j : j + w])
+        x = x + weights[:, :, n : n + 1] * v[:, :, :, i : i + h, j : j + w]
     return x.reshape(b, c, h, w)
 
 

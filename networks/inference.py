@@ -81,6 +81,9 @@ def unfinished(
 
     Returns:
         Some of the cases, in their order; with several processes, what the first one finds.
+
+    Raises:
+        DataError: with several processes, when fewer cases than those are left.
     """
     if not resume:
         return list(cases)
@@ -89,17 +92,28 @@ def unfinished(
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)  # the first process may write by the time that another looks
     logger.info(f"{len(cases) - len(found[0])} of {len(cases)} cases are done, {len(found[0])} to do")
+    if torch.distributed.is_initialized() and len(found[0]) < torch.distributed.get_world_size():
+        raise DataError(
+            f"{len(cases) - len(found[0])} of {len(cases)} cases are done, {len(found[0])} to do: fewer than the "
+            f"{torch.distributed.get_world_size()} processes. Do the rest with one process, without torchrun."
+        )
     return found[0]
 
 
 def _is_done(image: str, target: Path, made_by: Sequence[Path]) -> bool:
-    before = [*made_by, Path(image)]
+    before = [*made_by, Path(image), *(Path(image).iterdir() if Path(image).is_dir() else ())]
     if not target.is_file() or not all(file.exists() for file in before):
         return False
-    if target.stat().st_mtime_ns <= max(file.stat().st_mtime_ns for file in before):
+    if target.stat().st_mtime_ns <= max(_changed(file) for file in before):
         return False
     try:
         LoadVolumed("pred", suffixes=("",))({"pred": target})
     except DataError:
         return False
     return True
+
+
+def _changed(file: Path) -> int:
+    """When a file came to its place or its content: one that is moved or copied there may bring an old date along."""
+    status = file.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)

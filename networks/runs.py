@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigWorkflow
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from .errors import DataError
 from .files import whole_file
@@ -26,7 +27,7 @@ def check_config() -> None:
     """Refuse a value that the running bundle was given under a name or of a type that it does not know.
 
     MONAI's runner takes any: ``--epoch 5`` would train for 300. Known is what one of the files beside the config
-    names, or anything refers to.
+    names, or anything refers to, or MONAI adds of its own accord.
 
     Raises:
         DataError: naming the value and the nearest known name, or the expected type.
@@ -34,7 +35,8 @@ def check_config() -> None:
     workflow = _workflow()
     if workflow is None:
         return
-    known: dict[str, Any] = {}
+    added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
+    known: dict[str, Any] = dict.fromkeys(added)
     for file in sorted(workflow.config_root_path.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name != "metadata.json" and isinstance(content, dict):
@@ -55,8 +57,10 @@ def _check_type(name: str, value: Any, usual: Any) -> None:
         return
     if isinstance(value, str) and value.lower() in ("true", "false"):
         raise DataError(f"{name} got the text {value!r}, which counts as true: write True or False.")
+    if isinstance(usual, bool) and isinstance(value, str) and name != "pretrained":
+        raise DataError(f"{name} is True or False, got {value!r}.")
     number = isinstance(usual, (int, float)) and not isinstance(usual, bool)
-    whole = isinstance(usual, int)
+    whole = isinstance(usual, int) and usual not in (0, 1)  # a record may hold these of a share
     if number and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float))):
         raise DataError(f"{name} is a {'whole ' if whole else ''}number such as {usual}, got {value!r}.")
     if isinstance(usual, list) and not isinstance(value, (list, tuple)):
@@ -84,6 +88,8 @@ def record_run(output_dir: str | Path, name: str, cases: Sequence[Mapping[str, A
     if workflow is not None:
         config = dict(workflow.parser.get())
         for key, value in workflow.parser.ref_resolver.resolved_content.items():
+            if key == "device" and torch.distributed.is_initialized():
+                continue  # each process has its own
             if key in config and isinstance(value, (str, torch.device)):
                 config[key] = str(value)
     if "resume" in config:
@@ -124,4 +130,4 @@ def _revision() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{commit}{', changed' if changes else ''}" or None
+    return f"{commit}{', changed' if changes else ''}" if commit else None

@@ -52,17 +52,22 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _data_errors() -> Iterator[None]:
-    """Let a :class:`DataError` through as itself: MONAI wraps it as ``applying transform <object at ...>``."""
+def _data_errors(case: Any) -> Iterator[None]:
+    """Let a :class:`DataError` through as itself: MONAI wraps it as ``applying transform <object at ...>``.
+
+    One is made of a lack of memory, which names no file.
+    """
     try:
         yield
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DataError):
+    except (MemoryError, RuntimeError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, DataError):
             cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+        if isinstance(cause, DataError):
+            raise cause from None
+        if isinstance(cause, MemoryError) or "allocate" in str(cause):  # numpy's; torch's has no class of its own
+            raise DataError(f"{case['image']} does not fit into memory. Crop or split it first. ({cause})") from error
+        raise
 
 
 class SliceOrientationd(MapTransform, InvertibleTransform):
@@ -209,11 +214,11 @@ class VolumeDataset(CacheDataset):
             pool.shutdown(cancel_futures=True)
 
     def _load_cache_item(self, idx: int) -> Any:
-        with _data_errors():
+        with _data_errors(self.data[idx]):
             return super()._load_cache_item(idx)
 
     def _transform(self, index: int) -> Any:
-        with _data_errors():
+        with _data_errors(self.data[index]):
             return super()._transform(index)
 
 
@@ -221,7 +226,7 @@ class _StoredVolumeDataset(PersistentDataset):
     """One item per volume, kept on disk; errors name the file."""
 
     def _cachecheck(self, item_transformed: Any) -> Any:
-        with _data_errors():
+        with _data_errors(item_transformed):
             return super()._cachecheck(item_transformed)
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.fl.client import MonaiAlgo
+from monai.fl.utils.constants import ExtraItems
 from PIL import Image
 from conftest import ROOT, run, save_random
 
@@ -271,13 +273,29 @@ def test_two_processes_train_to_one_model(name, validation, configs, data, run_b
     (tmp_path / "dataset.json").write_text(json.dumps(lists))
     options = {"layout": "datalist", "dataset_dir": tmp_path / "dataset.json", "bundle_root": tmp_path}
     save_random(FIAS(1, 4), tmp_path / "start.pt")
-    torchrun("training", "train", "multi_gpu_train", epochs=1, start_from=tmp_path / "start.pt", **options)
+    steps = {"epochs": 1, "learning_rate": 1e-6, "start_from": tmp_path / "start.pt"}
+    torchrun("training", "train", "multi_gpu_train", **steps, **options)
     assert len({file.name.split(".")[-2] for file in (tmp_path / "eval").glob("events.*")}) == 1  # one process's
     run_bundle("evaluating", f"{configs}/evaluate.json", split="validation", **options, **quick(name))
     (epoch,), scores = (list(csv.DictReader((tmp_path / "eval" / f).open())) for f in ("history.csv", "cases.csv"))
     dice = [float(case[column]) for case in scores for column in case if column.startswith("dice")]
     assert len(dice) == 3 * validation and np.mean(dice) > 0
     np.testing.assert_allclose(float(epoch["score"]), np.mean(dice), rtol=1e-3)
+
+
+@of_volumes
+def test_federated_training_s_client_takes_the_bundle(name, configs, data):
+    """NVFlare runs MONAI's client, which adds values of its own to the config."""
+    options = {"dataset_dir": str(data), **quick(name)}
+    client = MonaiAlgo(
+        str(configs.parent),
+        send_weight_diff=False,
+        config_evaluate_filename="configs/train.json",
+        train_kwargs=options,
+        eval_kwargs=options,
+    )
+    client.initialize(extra={ExtraItems.CLIENT_NAME: "site"})
+    assert client.get_weights().weights.keys() == FIAS(1, 4).state_dict().keys()
 
 
 def test_wrong_volumes_end_in_one_sentence_and_nothing_written(phantoms, run_bundle, tmp_path):

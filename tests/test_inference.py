@@ -17,6 +17,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from networks import FIAS, DataError
+from networks.slices import SliceOrientationd
 
 CONFIG = f"{ROOT}/bundles/fias_acdc/configs/inference.json"
 
@@ -84,6 +85,20 @@ def test_the_command_line_names_bad_cases_and_fails(images, weights, run_bundle,
     assert not list((tmp_path / "out").rglob("*_seg*"))
 
 
+def test_a_case_too_large_to_be_prepared_is_named_and_the_others_done(images, infer, monkeypatch, tmp_path):
+    turn = SliceOrientationd.__call__
+
+    def no_memory_for_the_second(self: SliceOrientationd, data: dict) -> dict:
+        if data["image"].meta["filename_or_obj"].endswith("1.nii.gz"):
+            raise MemoryError("Unable to allocate 9 GiB")
+        return turn(self, data)
+
+    monkeypatch.setattr(SliceOrientationd, "__call__", no_memory_for_the_second)
+    with pytest.raises(DataError, match="1 of the cases failed.*\n.*1.nii.gz does not fit into memory"):
+        infer()
+    assert len(list((tmp_path / "out").glob("*_seg*"))) == 2
+
+
 def test_a_case_that_fails_in_the_network_is_named_and_the_others_done(images, infer, monkeypatch):
     forward = FIAS.forward
 
@@ -113,7 +128,10 @@ def test_a_resumed_inference_does_what_is_not_whole_or_older(images, infer, weig
     assert infer(resume=True) == [*every[:2], "new_seg.nii.gz"]
     os.utime(images / "2.nii.gz")
     assert infer(resume=True) == every[2:]
-    os.utime(weights / "model.pt")
+    before = (weights / "model.pt").stat()
+    shutil.copy2(weights / "model.pt", tmp_path / "other.pt")
+    (tmp_path / "other.pt").replace(weights / "model.pt")  # with its old date
+    assert (weights / "model.pt").stat().st_mtime_ns == before.st_mtime_ns
     assert len(infer(resume=True)) == 4
     assert len(infer(resume=True, image_size=48)) == 4
     assert infer(resume=True, image_size=48) == []
