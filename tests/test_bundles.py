@@ -98,7 +98,7 @@ def test_training_leaves_checkpoints_history_and_events(trained):
     assert list((trained / "eval").glob("events.*"))
     with (trained / "eval" / "history.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["epoch"] == "1" and 0 < float(row["loss"]) < 10 and row["learning_rate"] == "0.0001"
+    assert row["epoch"] == "1" and 0 < float(row["loss"]) < 20 and row["learning_rate"] == "0.0001"
     log = (trained / "log.txt").read_text()
     assert re.search(r"loss=[\d.]+, dice=(nan|[\d.]+), slices/s=\d+", log)
     assert re.search(r"\d+ volumes, \d+ slices an epoch, .* MB in memory", log)
