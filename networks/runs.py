@@ -35,14 +35,14 @@ def check_config() -> None:
     workflow = _workflow()
     if workflow is None:
         return
-    added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
-    known: dict[str, Any] = dict.fromkeys(added)
+    known: dict[str, Any] = {}
     for file in sorted(workflow.config_root_path.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if file.name != "metadata.json" and isinstance(content, dict):
             known |= content
     config = workflow.parser.get()
-    used = set(re.findall(r"@(\w+)", json.dumps(config, default=str)))
+    added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
+    used = {*added, *re.findall(r"@(\w+)", json.dumps(config, default=str))}
     for name, value in config.items():
         if name in known:
             _check_type(name, value, known[name])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from networks import FIAS
+
 ROOT = Path(__file__).parent.parent
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
@@ -69,6 +71,14 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return root / dataset
 
     return phantoms
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model.pt of FIAS for ACDC."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_random(FIAS(1, 4), folder / "model.pt")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, save_random
+from conftest import ROOT, run
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
-from networks import DANIE, FIAS
+from networks import DANIE
 from networks.datasets import cases
 from networks.errors import sentence
 from networks.files import whole_file
@@ -168,14 +168,6 @@ def test_a_bad_label(what, read, tmp_path):
     image, label = nifti(tmp_path / "a.nii.gz", VOXELS), nifti(tmp_path / "a_gt.nii.gz", data, affine)
     with tells(what, f"a_gt.nii.gz.*{message}"):
         read(kind, image, label)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A folder with a model.pt of FIAS."""
-    folder = tmp_path_factory.mktemp("weights")
-    save_random(FIAS(1, 4), folder / "model.pt")
-    return folder
 
 
 @pytest.fixture

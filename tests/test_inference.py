@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_random
+from conftest import ROOT
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
@@ -20,14 +20,6 @@ from networks import FIAS, DataError
 from networks.slices import SliceOrientationd
 
 CONFIG = f"{ROOT}/bundles/fias_acdc/configs/inference.json"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A folder with a model.pt."""
-    folder = tmp_path_factory.mktemp("weights")
-    save_random(FIAS(1, 4), folder / "model.pt")
-    return folder
 
 
 @pytest.fixture
