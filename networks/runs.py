@@ -98,7 +98,7 @@ def record_run(output_dir: str | Path, name: str, cases: Sequence[Mapping[str, A
         "revision": _revision(),
         "machine": f"{platform.platform()}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
         "python": platform.python_version(),
-        "packages": dict(sorted({d.name: d.version for d in distributions()}.items())),
+        "packages": dict(sorted({d.name: d.version for d in distributions() if d.name}.items())),  # none: half removed
     }
     target = folder / f"{name}.json"
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

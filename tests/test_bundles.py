@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -64,7 +64,7 @@ def pictures(name: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def trained(name, configs, data, run_bundle, tmp_path_factory) -> Path:
+def trained(name, configs, data, run_bundle, tmp_path_factory) -> Iterator[Path]:
     """A bundle root after one epoch of training, tracked by MLflow; its log in ``log.txt``."""
     root = tmp_path_factory.mktemp(name)
     options = {
@@ -76,7 +76,8 @@ def trained(name, configs, data, run_bundle, tmp_path_factory) -> Path:
     }
     result = run_bundle("training", f"{configs}/train.json", **options)
     (root / "log.txt").write_text(result.stdout)
-    return root
+    yield root
+    shutil.rmtree(root)  # up to 800 MB of weights and optimiser state
 
 
 @pytest.fixture(scope="module")
