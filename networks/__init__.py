@@ -1,11 +1,11 @@
 """Dual-path networks that segment volumes slice by slice, written for MONAI."""
 
 from . import datasets, files, handlers, inference, metrics, report, slices
-from .blocks import fold_batch_norm
 from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
+from .folding import fold_for_inference
 from .losses import SubsetSumLoss
 from .runs import check_config, record_run
 from .weights import load_matching, load_torchscript, load_weights
@@ -20,7 +20,7 @@ __all__ = [
     "datasets",
     "explain_errors",
     "files",
-    "fold_batch_norm",
+    "fold_for_inference",
     "handlers",
     "inference",
     "load_matching",

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = [
     "ConvNormAct",
@@ -16,7 +15,6 @@ __all__ = [
     "SumFusion",
     "check_input",
     "check_spatial_dims",
-    "fold_batch_norm",
     "pad_to_multiple",
     "upsample",
 ]
@@ -132,24 +130,6 @@ def pad_to_multiple(x: Tensor, multiple: tuple[int, int]) -> Tensor:
         ``B, C, H', W'`` with ``H' >= H`` and ``W' >= W``.
     """
     return F.pad(x, [0, -x.shape[3] % multiple[1], 0, -x.shape[2] % multiple[0]])
-
-
-def fold_batch_norm(network: nn.Module) -> None:
-    """Fold each batch normalisation into the convolution before it, for inference: the same output to rounding.
-
-    Convolution and normalisation are taken for a pair where a module registers one right after the other, as this
-    package's blocks and timm's MaxViT do. An activation inside the normalisation (timm) stays. The network can then
-    neither train nor load weights.
-
-    Args:
-        network: in eval mode; changed in place.
-    """
-    for module in network.modules():
-        children = list(module.named_children())
-        for (name, conv), (norm_name, norm) in zip(children, children[1:]):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, getattr(norm, "act", nn.Identity()))
 
 
 def upsample(x: Tensor, like: Tensor) -> Tensor:

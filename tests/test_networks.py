@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS, DataError, fold_batch_norm, load_torchscript
+from networks import DANIE, FIAS, DataError, fold_for_inference, load_torchscript
+from networks.folding import WinogradConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -191,8 +192,8 @@ def test_channels_last_gives_the_same(build):
     torch.testing.assert_close(last, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_folded_batch_norm_gives_the_same(build):
-    net, x = build().eval(), image(2, 1, 64, 64)
+def test_folded_gives_the_same(build):
+    net, x = build().eval(), image(4, 1, 128, 128)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -200,9 +201,47 @@ def test_folded_batch_norm_gives_the_same(build):
     with torch.no_grad():
         plain = net(x)
         before = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-        fold_batch_norm(net)
+        fold_for_inference(net)
         torch.testing.assert_close(net(x), plain, atol=1e-4, rtol=1e-4)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < before / 3  # MaxViT has some before convolutions
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 16, 16), (40, 8, 8), (3, 21, 30), (9, 65, 4)])
+def test_winograd_s_way_equals_the_convolution(shape, bias):
+    b, h, w = shape
+    conv = nn.Conv2d(128, 144, 3, padding=1, bias=bias)
+    x = torch.randn(b, 128, h, w).to(memory_format=torch.channels_last)
+    assert WinogradConv2d.pays(conv)
+    with torch.no_grad():
+        exact = conv.double()(x.double()).float()
+        fast = WinogradConv2d(conv.float())
+        y = fast(x)
+        assert (y - exact).abs().max() < 1e-4 * exact.abs().max()
+        assert not torch.equal(y, conv(x)), "the convolution itself ran"
+        assert y.is_contiguous(memory_format=torch.channels_last) and y.shape == exact.shape
+        assert torch.equal(fast(x[:1, :, :4, :4]), conv(x[:1, :, :4, :4]))  # too small to pay
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(fast(x), conv(x))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(128, 128, 3, stride=2, padding=1),
+        nn.Conv2d(128, 128, 3, padding=2, dilation=2),
+        nn.Conv2d(128, 128, 3),
+        nn.Conv2d(128, 128, 3, padding="same"),
+        nn.Conv2d(128, 128, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(128, 128, 3, padding=1, groups=2),
+        nn.Conv2d(128, 128, 3, padding=1, dtype=torch.bfloat16),
+        nn.Conv2d(64, 128, 3, padding=1),
+        nn.Conv2d(128, 128, 5, padding=1),
+        nn.Conv2d(1024, 1024, 3, padding=1),
+    ],
+)
+def test_other_convolutions_stay_as_they_are(conv):
+    assert not WinogradConv2d.pays(conv)
 
 
 def test_script_saves_loads_and_equals(build):

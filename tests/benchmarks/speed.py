@@ -3,12 +3,14 @@
     python tests/benchmarks/speed.py [--settings plain,prepared,bfloat16] [--only FIAS,UNet] [--device cuda]
 
 All peers need ``pip install einops segmentation-models-pytorch``. A table per setting: ``plain`` is fp32 as
-constructed, ``prepared`` as the bundles infer (batch normalisation folded, channels last), ``bfloat16`` that under
-autocast, ``compiled`` that by ``torch.compile``, ``bfloat16+compiled`` both. The first network, the base of the ratios,
-is plain in all of them. Latency is of one slice, time and ratio of a slice in a batch; the ratio is the median over
-rounds of that to the first network's in the same round. Peers are prepared as far as they let themselves.
-Multiply-accumulates by ``torch.utils.flop_counter``, halved. Kept are the activations that a training step of two
-slices holds for its backward pass.
+constructed, ``prepared`` as the bundles infer (weights folded, channels last), ``bfloat16`` that under autocast,
+``compiled`` that by ``torch.compile``, ``bfloat16+compiled`` both. The first network, the base of the ratios, is plain
+in all of them; peers are prepared as far as they let themselves.
+
+Latency is of one slice alone. Time is of one in a batch, of the size that is best for the network; the ratio is the
+median over rounds of that to the first network's in the same round. Multiply-accumulates by
+``torch.utils.flop_counter``, halved. Peak is of the largest batch. Kept are the activations that a training step of
+two slices holds for its backward pass.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ import fire
 import torch
 from measure import NETWORKS, Prepared, chosen, kept_for_backward, macs, peak_memory, table, wait
 
-COLUMNS = ("network", "parameters, M", "MACs, G", "latency, ms", "ms a slice", "ratio", "peak, MB", "kept, MB")
+COLUMNS = (
+    *("network", "parameters, M", "MACs, G", "latency, ms"),
+    *("ms a slice", "batch", "ratio", "peak, MB", "kept, MB"),
+)
 
 
 def main(
     settings: str | tuple[str, ...] = ("plain", "prepared"),
     only: str | tuple[str, ...] = (),
     rounds: int = 5,
-    batch: int = 4,
+    batches: int | tuple[int, ...] = (4, 8),
     side: int = 256,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
@@ -36,37 +41,40 @@ def main(
         settings: see above.
         only: parts of names; the first network, the base of the ratios, is always there.
         rounds: each times every network once, after one that warms up.
-        batch: slices in a batch.
+        batches: sizes of batches, of which each network's best counts.
         side: height and width.
         device: where to run.
     """
     parts = chosen(only)
     names = [n for i, n in enumerate(NETWORKS) if i == 0 or not parts or any(part in n for part in parts)]
-    x = torch.rand(batch, 1, side, side, device=device)
+    sizes = (1, *((batches,) if isinstance(batches, int) else batches))
+    x = torch.rand(max(sizes), 1, side, side, device=device)
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     for setting in chosen(settings):
         torch.manual_seed(0)
         built = {name: NETWORKS[name](side).to(device) for name in names}
         networks = {n: Prepared(net, setting if n != names[0] else "plain") for n, net in built.items()}
-        single: dict[str, list[float]] = {name: [] for name in names}
-        whole: dict[str, list[float]] = {name: [] for name in names}
+        taken: dict[str, dict[int, list[float]]] = {name: {size: [] for size in sizes} for name in names}
         with torch.inference_mode():
             for _ in range(rounds + 1):
-                for name, network in networks.items():
-                    for slices, times in ((x[:1], single), (x, whole)):
+                for size in sizes:
+                    for name, network in networks.items():
                         start = wait(x.device)
-                        network(slices)
-                        times[name].append(1e3 * (wait(x.device) - start) / len(slices))
+                        network(x[:size])
+                        taken[name][size].append(1e3 * (wait(x.device) - start) / size)
+            best = {name: min(sizes[1:], key=lambda size, n=name: median(taken[n][size][1:])) for name in names}
             peaks = {name: peak_memory(lambda n=network: n(x), x.device) for name, network in networks.items()}
         rows = []
         for name, network in built.items():
             parameters = sum(p.numel() for p in network.parameters()) / 1e6
             kept = kept_for_backward(network.train(), x[:2]) / 1e6
-            ratio = median(t / u for t, u in zip(whole[name][1:], whole[names[0]][1:], strict=True))
-            times = (f"{median(single[name][1:]):.1f}", f"{median(whole[name][1:]):.1f}", f"{ratio:.2f}")
+            single, batched = taken[name][1][1:], taken[name][best[name]][1:]
+            first = taken[names[0]][best[names[0]]][1:]
+            ratio = median(t / u for t, u in zip(batched, first, strict=True))
+            times = (f"{median(single):.1f}", f"{median(batched):.1f}", str(best[name]), f"{ratio:.2f}")
             cost = macs(network.eval(), x) / 1e9
             rows.append((name, f"{parameters:.1f}", f"{cost:.2f}", *times, f"{peaks[name] / 1e6:.0f}", f"{kept:.0f}"))
-        print(f"\n{setting}: {side} x {side}, batch {batch}, {rounds} rounds, {threads}, torch {torch.__version__}\n")
+        print(f"\n{setting}: {side} x {side}, {rounds} rounds, {threads}, torch {torch.__version__}\n")
         print(table(COLUMNS, rows))
 
 

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/volume.py [--network FIAS] [--shape 512,512,150] [--only plain,bundle]
 
-The transforms are those of ``fias_synapse``. ``bundle`` is how the bundles infer: ``LabelInferer``, batch normalisation
-folded, channels last; in fp32, and in bfloat16, the default on a GPU that has it. ``plain`` is the
-plain recipe: the volume resized, MONAI's ``SliceInferer`` slice by slice in fp32, all logits resized back, the greatest
-class. ``differ`` is the share of voxels with another label than the first row's. Weights are random, with heads that
+The transforms are those of ``fias_synapse``. ``bundle`` is how the bundles infer: ``LabelInferer``, weights folded,
+channels last; in fp32, and in bfloat16, the default on a GPU that has it. ``plain`` is the plain recipe: the volume
+resized, MONAI's ``SliceInferer`` slice by slice in fp32, all logits resized back, the greatest class. ``differ`` is the
+share of voxels with another label than the first row's. Weights are random, with heads that
 find several classes.
 """
 
