@@ -66,7 +66,9 @@ class Prepared(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        if not self.bfloat16:  # the caller's autocast, if any, holds
+            return self.network(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
             return self.network(x)
 
 
