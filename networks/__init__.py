@@ -5,7 +5,7 @@ from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
-from .folding import fold_for_inference
+from .folding import prepare_for_inference
 from .losses import SubsetSumLoss
 from .runs import check_config, record_run
 from .weights import load_matching, load_torchscript, load_weights
@@ -20,7 +20,7 @@ __all__ = [
     "datasets",
     "explain_errors",
     "files",
-    "fold_for_inference",
+    "prepare_for_inference",
     "handlers",
     "inference",
     "load_matching",

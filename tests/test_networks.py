@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS, DataError, fold_for_inference, load_torchscript
+from networks import DANIE, FIAS, DataError, prepare_for_inference, load_torchscript
 from networks.folding import WinogradConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -201,7 +201,7 @@ def test_folded_gives_the_same(build):
     with torch.no_grad():
         plain = net(x)
         before = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-        fold_for_inference(net)
+        prepare_for_inference(net)
         torch.testing.assert_close(net(x), plain, atol=1e-4, rtol=1e-4)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < before / 3  # MaxViT has some before convolutions
 

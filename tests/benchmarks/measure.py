@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from networks import DANIE, FIAS, fold_for_inference  # noqa: E402
+from networks import DANIE, FIAS, prepare_for_inference  # noqa: E402
 
 __all__ = ["NETWORKS", "Prepared", "chosen", "kept_for_backward", "macs", "peak_memory", "table", "wait"]
 
@@ -59,7 +59,7 @@ class Prepared(nn.Module):
         self.network = copy.deepcopy(network).eval()
         self.bfloat16 = "bfloat16" in setting
         if setting != "plain":
-            fold_for_inference(self.network)
+            prepare_for_inference(self.network)
             self.network.to(memory_format=torch.channels_last)
         if "compiled" in setting:
             self.network.compile()

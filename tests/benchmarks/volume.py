@@ -104,23 +104,24 @@ def main(
         nn.init.normal_(conv.weight)
         nn.init.zeros_(conv.bias)
     size = (SIDE, SIDE)
-    recipes: dict[str, tuple[nn.Module, Inferer]] = {
-        f"{network} plain": (net, SliceInferer(roi_size=size, sw_batch_size=1, spatial_dim=2)),
-        f"{network} bundle fp32": (Prepared(net, "prepared"), LabelInferer(size, BATCH)),
-        f"{network} bundle bfloat16": (Prepared(net, "prepared"), LabelInferer(size, BATCH, bfloat16=True)),
+    recipes: dict[str, tuple[Callable[[], nn.Module], Inferer]] = {  # each prepared after the one before it ran
+        f"{network} plain": (lambda: net, SliceInferer(roi_size=size, sw_batch_size=1, spatial_dim=2)),
+        f"{network} bundle fp32": (lambda: Prepared(net, "prepared"), LabelInferer(size, BATCH)),
+        f"{network} bundle bfloat16": (lambda: Prepared(net, "prepared"), LabelInferer(size, BATCH, bfloat16=True)),
     }
     if not has_bfloat16(device):
         del recipes[f"{network} bundle bfloat16"]
     if "SwinUNETR, 48 features" in NETWORKS:
         swin = NETWORKS["SwinUNETR, 48 features"](SIDE).to(device).eval()
-        recipes["SwinUNETR LabelInferer fp32"] = (swin, LabelInferer(size, BATCH))
+        recipes["SwinUNETR LabelInferer fp32"] = (lambda: swin, LabelInferer(size, BATCH))
     parts = chosen(only)
     recipes = {name: recipe for name, recipe in recipes.items() if not parts or any(part in name for part in parts)}
     rows, first, base = [], None, 0.0
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ct.nii.gz"
         phantom(file, shape)
-        for name, (built, inferer) in recipes.items():
+        for name, (build, inferer) in recipes.items():
+            built = build()
             found: list[Any] = []
             arguments = (file, Path(folder), built, inferer, name.endswith("plain"))
             with torch.inference_mode():
