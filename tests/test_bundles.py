@@ -218,6 +218,21 @@ def test_your_own_data_trains_by_overrides_from_another_checkpoint(name, trained
 
 
 @samples
+def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, run_bundle, tmp_path):
+    start = trained / "models" / "model.pt"
+    recipe = str([f"{configs}/train.json", str(ROOT / "tests" / "benchmarks" / "modern.json")])
+    options = {"bundle_root": tmp_path, "dataset_dir": data, "epochs": 2, "start_from": start}
+    run_bundle("training", recipe, **options, ema_momentum=1e-9, batch_size=6, **quick(name, pretrained=False))
+    before, after = (torch.load(file, weights_only=True) for file in (start, tmp_path / "models" / "model.pt"))
+    for key, value in before.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-6)  # so slowly averaged, they stay
+    with (tmp_path / "eval" / "history.csv").open() as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert rates[0] == pytest.approx(2.5e-4, rel=0.2) and rates[1] == 0  # half of a cosine, and its end
+
+
+@samples
 def test_runs_from_the_bundle_s_own_folder(name, trained, configs, one_case, run_bundle, tmp_path):
     root = tmp_path / "elsewhere"
     shutil.copytree(configs.parent, root, ignore=shutil.ignore_patterns("models", "eval"))
@@ -289,9 +304,9 @@ def test_two_processes_train_to_one_model(name, validation, configs, data, run_b
 
 
 @of_volumes
-def test_federated_training_s_client_takes_the_bundle(name, configs, data):
+def test_federated_training_s_client_takes_the_bundle(name, configs, data, tmp_path):
     """NVFlare runs MONAI's client, which adds values of its own to the config."""
-    options = {"dataset_dir": str(data), **quick(name)}
+    options = {"dataset_dir": str(data), "output_dir": str(tmp_path), **quick(name)}
     client = MonaiAlgo(
         str(configs.parent),
         send_weight_diff=False,

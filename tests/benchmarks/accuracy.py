@@ -1,0 +1,145 @@
+"""Networks trained from scratch through a bundle's configs, by one recipe, and scored on its validation cases.
+
+    python tests/benchmarks/accuracy.py DATASET_DIR [--bundle fias_acdc] [--recipe modern] [--networks FIAS,DynUNet]
+        [--seeds 0,1] [--epochs 400] [--output_dir accuracy]
+
+``paper`` is the bundle's own recipe, that of its network's paper. ``modern`` is ``modern.json`` over it: AdamW with
+warm-up and cosine, larger batches, averaged weights, stronger augmentation, bfloat16 on a GPU. A peer takes the
+network's place by ``network_def`` alone. Any other word is an override of both configs, such as ``--image_size 224``;
+one of training alone goes in by ``--train "{'batch_size': 8}"``.
+
+Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``; one that is there with its scores is not
+run again, so a broken-off table is taken up by the same command. Time has the start-up and all validation in it. Scores
+are of ``model.pt``, the best epoch on the same validation cases: they compare networks and recipes, and are no figures
+of a test set.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import fire
+from measure import chosen, table
+
+ROOT = Path(__file__).parents[2]
+ENDS = {"in_channels": "@in_channels", "out_channels": "@num_classes"}
+DANIE = {"_target_": "networks.DANIE", **ENDS, "img_size": "@image_size"}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "FIAS": {"_target_": "networks.FIAS", **ENDS},
+    "DANIE-S": {**DANIE, "size": "small"},
+    "DANIE-L": {**DANIE, "size": "large"},
+    "DANIE-S deep": {**DANIE, "size": "small", "deep_supervision": True},
+    "DynUNet": {  # nnU-Net's 2D plan for slices of 256 x 256
+        "_target_": "DynUNet",
+        "spatial_dims": 2,
+        **ENDS,
+        "kernel_size": [3] * 7,
+        "strides": [1] + [2] * 6,
+        "upsample_kernel_size": [2] * 6,
+        "filters": [32, 64, 128, 256, 512, 512, 512],
+        "norm_name": "instance",
+    },
+    "AttentionUnet": {
+        "_target_": "AttentionUnet",
+        "spatial_dims": 2,
+        **ENDS,
+        "channels": [32, 64, 128, 256, 512],
+        "strides": [2, 2, 2, 2],
+    },
+    "SwinUNETR": {"_target_": "SwinUNETR", "spatial_dims": 2, **ENDS, "feature_size": 48},
+}
+
+
+def bundle_run(run_id: str, configs: list[Path], log: Path, **overrides: Any) -> None:
+    """``python -m monai.bundle run``, its output in a file.
+
+    Raises:
+        RuntimeError: with the end of the output, when it fails.
+    """
+    files = str([str(config) for config in configs])
+    arguments = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files, *arguments]
+    with log.open("w") as output:
+        failed = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    if failed:
+        raise RuntimeError(f"{run_id} failed, {log} ends with:\n{log.read_text()[-2000:]}")
+
+
+def score(folder: Path) -> dict[str, float]:
+    """Means over the cases of an evaluation's ``cases.csv``, absent structures left out; Dice in percent."""
+    with (folder / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {name: [float(row[name]) for row in rows if row[name] not in ("", "nan")] for name in list(rows[0])[1:]}
+    means = {name: fmean(values) * (100 if "dice" in name else 1) for name, values in found.items() if values}
+    return {"mean dice": fmean(value for name, value in means.items() if "dice" in name), **means}
+
+
+def main(
+    dataset_dir: str,
+    bundle: str = "fias_acdc",
+    recipe: str = "modern",
+    networks: str | tuple[str, ...] = ("FIAS", "DANIE-S", "DANIE-L", "DynUNet", "AttentionUnet", "SwinUNETR"),
+    seeds: int | tuple[int, ...] = 0,
+    epochs: int = 400,
+    output_dir: str = "accuracy",
+    train: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> None:
+    """Train, evaluate and print the table.
+
+    Args:
+        dataset_dir: the data.
+        bundle: whose configs.
+        recipe: ``paper`` or ``modern``.
+        networks: names of the table above.
+        seeds: each of them trains every network.
+        epochs: of each training.
+        output_dir: where the trainings' folders go.
+        train: overrides of the training alone.
+        overrides: of training and evaluation.
+    """
+    configs = ROOT / "bundles" / bundle / "configs"
+    paper = [configs / "train.json"]
+    recipes = {"paper": paper, "modern": [*paper, Path(__file__).with_name("modern.json")]}
+    rows = []
+    for name in chosen(networks):
+        for seed in (seeds,) if isinstance(seeds, int) else seeds:
+            root = Path(output_dir).resolve() / f"{bundle}_{recipe}_{name.replace(' ', '_')}_{seed}"
+            both = {
+                "bundle_root": root,
+                "dataset_dir": Path(dataset_dir).resolve(),
+                "network_def": NETWORKS[name],
+                **overrides,
+            }
+            done = root / "done.json"
+            if not done.exists():
+                root.mkdir(parents=True, exist_ok=True)
+                start = time.perf_counter()
+                options = {"seed": seed, "epochs": epochs, **both, **(train or {})}
+                bundle_run("training", recipes[recipe], root / "training.log", **options)
+                seconds = time.perf_counter() - start
+                (slices,) = re.findall(r"(\d+) slices an epoch", (root / "training.log").read_text())
+                evaluate = configs / "evaluate.json"
+                scoring = {"split": "validation", "metrics": ["hd95"], **both}
+                bundle_run("evaluating", [evaluate], root / "evaluating.log", **scoring)
+                speed = {"minutes": seconds / 60, "slices/s": epochs * int(slices) / seconds}
+                (root / "models" / "last.ckpt").unlink()
+                done.write_text(json.dumps({**score(root / "eval"), **speed}))
+            scores = json.loads(done.read_text())
+            rows.append((name, str(seed), scores))
+    columns = list(dict.fromkeys(key for *_, scores in rows for key in scores))
+    cells = [[name, seed, *(f"{scores.get(key, float('nan')):.4g}" for key in columns)] for name, seed, scores in rows]
+    print(f"\n{bundle}, {recipe} recipe, validation cases, from scratch\n")
+    print(table(["network", "seed", *columns], cells))
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
