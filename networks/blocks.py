@@ -13,6 +13,7 @@ __all__ = [
     "Heads",
     "ScaleFusion",
     "SumFusion",
+    "check_batch",
     "check_input",
     "check_spatial_dims",
     "pad_to_multiple",
@@ -188,4 +189,22 @@ def check_input(x: Tensor, in_channels: int, network: str) -> None:
         raise ValueError(
             f"{network} expects slices of at least 32 x 32 pixels, got {x.shape[2]} x {x.shape[3]}. "
             "Pad or resize them first."
+        )
+
+
+def check_batch(x: Tensor, network: str) -> None:
+    """Refuse a batch that batch normalisation cannot train on: one value per channel at 1/32.
+
+    Args:
+        x: ``B, C, H, W``, as the encoders take it.
+        network: name for the message.
+
+    Raises:
+        ValueError: on a single slice of at most 32 x 32.
+    """
+    if x.shape[0] == 1 and x.shape[2] <= 32 and x.shape[3] <= 32:
+        raise ValueError(
+            f"{network} cannot train on a single slice of {x.shape[2]} x {x.shape[3]} pixels: at 1/32 it is one value "
+            "per channel, which batch normalisation cannot take. Train on larger slices, or on batches without a rest "
+            "of one."
         )

@@ -46,6 +46,7 @@ from .blocks import (
     Heads,
     ScaleFusion,
     SumFusion,
+    check_batch,
     check_input,
     check_spatial_dims,
     pad_to_multiple,
@@ -116,7 +117,8 @@ class DANIE(nn.Module):
     Raises:
         DataError: when pretrained weights cannot be had, saying what was tried, or do not fit, naming the tensors.
         FileNotFoundError: when there is no file of them.
-        ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size.
+        ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size, and in
+            training on a single slice of 32 x 32.
 
     Example:
         >>> net = DANIE(in_channels=1, out_channels=4, size="small", img_size=64).eval()
@@ -172,6 +174,8 @@ class DANIE(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "DANIE")
         padded = pad_to_multiple(x, self.tile)
+        if self.training:
+            check_batch(padded, "DANIE")
         encoded: list[list[Tensor]] = []
         if self.self_attention is not None:
             encoded.append(self.self_attention(padded))

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import MultiHeadSelfAttention
-from .blocks import ConvNormAct, Heads, ScaleFusion, SumFusion, check_input, check_spatial_dims, upsample
+from .blocks import ConvNormAct, Heads, ScaleFusion, SumFusion, check_batch, check_input, check_spatial_dims, upsample
 from .dilateformer import DilateFormer
 from .errors import check_option
 from .folding import fuse_convs
@@ -66,7 +66,8 @@ class FIAS(nn.Module):
     Raises:
         DataError: when pretrained weights do not fit, naming the tensors.
         FileNotFoundError: when there is no file of them.
-        ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size.
+        ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size, and in
+            training on a single slice of 32 x 32.
 
     Example:
         >>> net = FIAS(in_channels=1, out_channels=4).eval()
@@ -109,6 +110,8 @@ class FIAS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "FIAS")
+        if self.training:
+            check_batch(x, "FIAS")
         encoded = [self.global_encoder(x)]
         if self.local_encoder is not None:
             encoded.append(self.local_encoder(x))

@@ -41,7 +41,7 @@ def prepare_for_inference(network: nn.Module) -> None:
             fold()
     for module in list(network.modules()):
         for name, conv in module.named_children():
-            if isinstance(conv, nn.Conv2d) and WinogradConv2d.pays(conv):
+            if isinstance(conv, nn.Conv2d) and WinogradConv2d.pays(conv) and not isinstance(module, WinogradConv2d):
                 setattr(module, name, WinogradConv2d(conv))
     if next(network.parameters()).device.type == "cpu":
         _keep_freed_memory()

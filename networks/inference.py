@@ -69,7 +69,11 @@ class CaseEvaluator(SupervisedEvaluator):
 
 
 def unfinished(
-    cases: Sequence[Mapping[str, Any]], saver: SaveLabelMapd, newer_than: Sequence[str | Path], resume: bool = True
+    cases: Sequence[Mapping[str, Any]],
+    saver: SaveLabelMapd,
+    newer_than: Sequence[str | Path],
+    overlay: bool = False,
+    resume: bool = True,
 ) -> list[Mapping[str, Any]]:
     """The cases without a label map that is whole and newer than the image and than all that it was made by.
 
@@ -77,6 +81,7 @@ def unfinished(
         cases: ``{"image": path}`` each.
         saver: what names the label maps.
         newer_than: files such as weights and the record of the config; one that is absent makes all cases unfinished.
+        overlay: a case needs its :class:`networks.report.Overlays` picture too, which is written after the label map.
         resume: False takes all cases.
 
     Returns:
@@ -88,7 +93,13 @@ def unfinished(
     if not resume:
         return list(cases)
     made_by = [Path(file) for file in newer_than]
-    found = [[case for case in cases if not _is_done(case["image"], saver.target(case["image"]), made_by)]]
+    targets = [saver.target(case["image"]) for case in cases]
+    pictures = [target.with_name(f"{target.name.rpartition('_seg')[0]}_overlay.png") for target in targets]
+    done = [
+        _is_done(case["image"], target, made_by) and (not overlay or picture.is_file())
+        for case, target, picture in zip(cases, targets, pictures, strict=True)
+    ]
+    found = [[case for case, whole in zip(cases, done, strict=True) if not whole]]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(found)  # the first process may write by the time that another looks
     logger.info(f"{len(cases) - len(found[0])} of {len(cases)} cases are done, {len(found[0])} to do")

@@ -14,7 +14,7 @@ from traceback import walk_stack
 from typing import Any
 
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from .errors import DataError
@@ -36,10 +36,10 @@ def check_config() -> None:
     if workflow is None:
         return
     known: dict[str, Any] = {}
-    for file in sorted(workflow.config_root_path.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if file.name != "metadata.json" and isinstance(content, dict):
-            known |= content
+    for file in sorted(workflow.config_root_path.glob("*")):
+        if file.suffix in (".json", ".yaml", ".yml") and file.stem != "metadata":
+            content = ConfigParser.load_config_file(file)
+            known |= content if isinstance(content, dict) else {}
     config = workflow.parser.get()
     added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
     used = {*added, *re.findall(r"@(\w+)", json.dumps(config, default=str))}

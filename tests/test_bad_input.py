@@ -252,6 +252,14 @@ def test_a_bad_run(what, run_config, tmp_path):
     assert not [p for p in left if p.name.startswith(".partial-") or p.suffix in (".gz", ".pt", ".ckpt", ".md")]
 
 
+def test_values_are_checked_against_a_yaml_file_too(weights, tmp_path):
+    content = ConfigParser.load_config_file(f"{ROOT}/bundles/fias_acdc/configs/inference.json")
+    ConfigParser.export_config_file(content, f"{tmp_path}/inference.yaml", fmt="yaml")
+    workflow = ConfigWorkflow(f"{tmp_path}/inference.yaml", workflow_type="infer", ckpt_dir=str(weights), imagesize=32)
+    with tells("misspelt override of a YAML file", "no value imagesize. Is it image_size"):
+        workflow.initialize()
+
+
 class Code:
     """Unpickled, it leaves a file."""
 

@@ -127,6 +127,9 @@ def test_a_resumed_inference_does_what_is_not_whole_or_older(images, infer, weig
     assert len(infer(resume=True)) == 4
     assert len(infer(resume=True, image_size=48)) == 4
     assert infer(resume=True, image_size=48) == []
+    assert len(infer(resume=True, overlay=True)) == 4
+    (out / "1_overlay.png").unlink()  # killed between a label map and its picture
+    assert infer(resume=True, overlay=True) == every[1:2]
 
 
 def test_a_run_is_recorded_beside_its_results_and_can_be_run_again(infer, tmp_path):

@@ -146,6 +146,13 @@ def test_small_batches_and_sizes_train(build, shape):
     assert all(m.shape[2:] == shape[2:] and m.isfinite().all() for m in maps)
 
 
+@pytest.mark.parametrize("net", [FIAS(1, 4), DANIE(1, 4, self_attention=False)])
+def test_one_value_per_channel_is_answered_with_what_to_do(net):
+    with pytest.raises(ValueError, match="cannot train on a single slice of 32 x 32 pixels.*Train on larger slices"):
+        net.train()(torch.zeros(1, 1, 32, 32))
+    assert net.eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 4, 32, 32)
+
+
 def test_wrong_inputs_are_answered_with_what_was_expected(build):
     net = build(1, 4).eval()
     with pytest.raises(ValueError, match=r"expects B, 1, H, W.*got shape \[1, 64, 64\]"):
