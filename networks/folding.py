@@ -142,10 +142,7 @@ class WinogradConv2d(nn.Module):
         tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)  # 6, 6, B, rows, columns, C
         products = torch.bmm((self.tiles @ tiles.reshape(36, -1)).view(36, -1, c), self.weight)  # 36, B*rows*columns, K
         pixels = (self.outputs @ products.view(36, -1)).view(4, 4, b, rows, columns, k)
-        pixels = pixels.permute(2, 3, 0, 4, 1, 5)  # B, rows, 4, columns, 4, K
-        y = pixels.new_empty(pixels.shape)
-        if self.conv.bias is None:
-            y.copy_(pixels)
-        else:
-            torch.add(pixels, self.conv.bias, out=y)  # one pass for both
-        return y.view(b, 4 * rows, 4 * columns, k)[:, :h, :w].permute(0, 3, 1, 2)
+        y = pixels.permute(2, 3, 0, 4, 1, 5).reshape(b, 4 * rows, 4 * columns, k)
+        if self.conv.bias is not None:
+            y += self.conv.bias
+        return y[:, :h, :w].permute(0, 3, 1, 2)

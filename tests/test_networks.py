@@ -216,6 +216,7 @@ def test_folded_gives_the_same(build):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 16, 16), (40, 8, 8), (3, 21, 30), (9, 65, 4)])
 def test_winograd_s_way_equals_the_convolution(shape, bias):
+    torch._dynamo.reset()
     b, h, w = shape
     conv = nn.Conv2d(128, 144, 3, padding=1, bias=bias)
     x = torch.randn(b, 128, h, w).to(memory_format=torch.channels_last)
@@ -230,6 +231,8 @@ def test_winograd_s_way_equals_the_convolution(shape, bias):
         assert torch.equal(fast(x[:1, :, :4, :4]), conv(x[:1, :, :4, :4]))  # too small to pay
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(fast(x), conv(x))
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), y, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
