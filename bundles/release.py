@@ -57,6 +57,7 @@ def release(
     url: str = "",
     weights_url: str = "",
     schema: str = "",
+    half: bool = False,
 ) -> str:
     """Check a bundle, write ``NAME_vVERSION.zip``, and note it in ``models/model_info.json`` beside it.
 
@@ -73,6 +74,7 @@ def release(
             written beside the zip as ``NAME_vVERSION.pt``, and ``large_files.yml`` in it names address and checksum for
             ``python -m monai.bundle download_large_files``, which refuses another file.
         schema: file of the model zoo's metadata schema; by default fetched from the metadata's ``schema``.
+        half: ship the weights in half precision, half as large; they are loaded into single precision.
 
     Returns:
         Path of the zip, or of the folder when several were built.
@@ -85,7 +87,8 @@ def release(
         if name or set or weights:
             raise DataError("name, set and weights belong to one bundle: release it by its own name.")
         for metadata_file in sorted((ROOT / "bundles").glob("*/configs/metadata.json")):
-            release(metadata_file.parents[1].name, output_dir, url=url, weights_url=weights_url, schema=schema)
+            found = metadata_file.parents[1].name
+            release(found, output_dir, url=url, weights_url=weights_url, schema=schema, half=half)
         return output_dir
     source = ROOT / "bundles" / bundle
     if not (source / "configs" / "metadata.json").is_file():
@@ -93,7 +96,7 @@ def release(
     name = name or bundle
     if "_v" in name:
         raise DataError(f"{name!r} cannot be a release's name: MONAI takes what follows '_v' for the version.")
-    files = _files(source, name, set or {}, weights)
+    files = _files(source, name, set or {}, weights, half)
     metadata = json.loads(files["configs/metadata.json"])
     if metadata["version"] not in metadata["changelog"]:
         raise DataError(f"{source / 'configs/metadata.json'}: version {metadata['version']} is not in its changelog.")
@@ -122,7 +125,7 @@ def release(
     return str(target)
 
 
-def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dict[str, bytes]:
+def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: bool) -> dict[str, bytes]:
     files = {str(p.relative_to(source)): p.read_bytes() for p in sorted((source / "docs").glob("*"))}
     files["docs/guide.md"] = (ROOT / "bundles" / "README.md").read_bytes()
     files["LICENSE"] = (source / "LICENSE").read_bytes()
@@ -132,7 +135,8 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str) -> dic
     baked = dict.fromkeys(values, False)
     if model.is_file():
         flat = io.BytesIO()  # bare, on the CPU: MONAI Label and the exports read it leniently, without saying where to
-        torch.save(read_weights(model), flat)
+        state = read_weights(model)
+        torch.save({k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}, flat)
         files["models/model.pt"] = flat.getvalue()
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):

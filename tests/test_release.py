@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import shutil
 import threading
@@ -31,10 +32,10 @@ spec.loader.exec_module(script)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights of FIAS in half precision."""
+    """Random weights of FIAS."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("weights") / "model.pt"
-    torch.save({k: v.half() if v.is_floating_point() else v for k, v in FIAS(1, 4).state_dict().items()}, file)
+    torch.save(FIAS(1, 4).state_dict(), file)
     return file
 
 
@@ -48,10 +49,10 @@ def schema(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def release(weights, schema) -> Callable[..., str]:
-    """Build a release of fias_acdc into a folder."""
+    """Build a release of fias_acdc in half precision into a folder."""
 
     def release(folder: Path, **options: str) -> str:
-        return script.release("fias_acdc", str(folder), weights=str(weights), schema=str(schema), **options)
+        return script.release("fias_acdc", str(folder), weights=str(weights), schema=str(schema), half=True, **options)
 
     return release
 
@@ -70,7 +71,7 @@ def server(tmp_path_factory) -> Iterator[tuple[str, Path]]:
 def published(server, weights, schema) -> tuple[str, Path, str]:
     """Address and folder of a release built on the command line, and what that printed."""
     url, folder = server
-    command = ["fias_acdc", "--output_dir", folder, "--weights", weights, "--schema", schema, "--url", url]
+    command = ["fias_acdc", "--output_dir", folder, "--weights", weights, "--half", "--schema", schema, "--url", url]
     return url, folder, run("bundles/release.py", *map(str, command)).stdout
 
 
@@ -79,6 +80,8 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published):
     with zipfile.ZipFile(folder / "fias_acdc_v0.1.0.zip") as archive:
         names = archive.namelist()
         configs = {Path(n).stem: archive.read(n).decode() for n in names if n.endswith(".json")}
+        shipped = torch.load(io.BytesIO(archive.read("fias_acdc/models/model.pt")), weights_only=True)
+    assert {v.dtype for v in shipped.values() if v.is_floating_point()} == {torch.float16}
     assert all(n.startswith("fias_acdc/") for n in names) and names == sorted(names)
     for file in ("LICENSE", "models/model.pt", "docs/README.md", "docs/guide.md"):
         assert f"fias_acdc/{file}" in names
