@@ -9,8 +9,8 @@ in all of them; peers are prepared as far as they let themselves.
 
 Latency is of one slice alone. Time is of one in a batch, of the size that is best for the network; the ratio is the
 median over rounds of that to the first network's in the same round. Multiply-accumulates by
-``torch.utils.flop_counter``, halved. Peak is of the largest batch. Kept are the activations that a training step of
-two slices holds for its backward pass.
+``torch.utils.flop_counter``, halved. Peak is of the largest batch. Step is the peak of
+a training step of two slices, gradients included, kept the activations that it holds for its backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from measure import NETWORKS, Prepared, chosen, kept_for_backward, macs, peak_me
 
 COLUMNS = (
     *("network", "parameters, M", "MACs, G", "latency, ms"),
-    *("ms a slice", "batch", "ratio", "peak, MB", "kept, MB"),
+    *("ms a slice", "batch", "ratio", "peak, MB", "step, MB", "kept, MB"),
 )
 
 
@@ -68,12 +68,14 @@ def main(
         for name, network in built.items():
             parameters = sum(p.numel() for p in network.parameters()) / 1e6
             kept = kept_for_backward(network.train(), x[:2]) / 1e6
+            step = peak_memory(lambda n=network: n(x[:2]).square().mean().backward(), x.device) / 1e6
             single, batched = taken[name][1][1:], taken[name][best[name]][1:]
             first = taken[names[0]][best[names[0]]][1:]
             ratio = median(t / u for t, u in zip(batched, first, strict=True))
             times = (f"{median(single):.1f}", f"{median(batched):.1f}", str(best[name]), f"{ratio:.2f}")
             cost = macs(network.eval(), x) / 1e9
-            rows.append((name, f"{parameters:.1f}", f"{cost:.2f}", *times, f"{peaks[name] / 1e6:.0f}", f"{kept:.0f}"))
+            memory = (f"{peaks[name] / 1e6:.0f}", f"{step:.0f}", f"{kept:.0f}")
+            rows.append((name, f"{parameters:.1f}", f"{cost:.2f}", *times, *memory))
         print(f"\n{setting}: {side} x {side}, {rounds} rounds, {threads}, torch {torch.__version__}\n")
         print(table(COLUMNS, rows))
 
