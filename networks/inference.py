@@ -1,22 +1,47 @@
-"""Inference over many cases, unattended: a bad one stops no other, and what is done is not done again."""
+"""Inference over many cases, unattended: a bad one stops no other, and what is done is not done again.
+
+And the forward of a training in bfloat16.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.engines import SupervisedEvaluator
+from monai.inferers import SimpleInferer
 from monai.utils import ensure_tuple, string_list_all_gather
+from torch import Tensor
 
 from .errors import DataError, sentence
 from .files import LoadVolumed, SaveLabelMapd
 
-__all__ = ["CaseEvaluator", "unfinished"]
+__all__ = ["AutocastInferer", "CaseEvaluator", "unfinished"]
 
 logger = logging.getLogger(__name__)
+
+
+class AutocastInferer(SimpleInferer):
+    """:class:`monai.inferers.SimpleInferer` in bfloat16, on CPUs too, where the trainer's ``amp`` has no effect.
+
+    Args:
+        bfloat16: True runs the network in that type by autocast, and gives its maps in fp32, for the loss.
+    """
+
+    def __init__(self, bfloat16: bool | None = None) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.bfloat16:
+            return super().__call__(inputs, network, *args, **kwargs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            maps = super().__call__(inputs, network, *args, **kwargs)
+        return maps.float() if isinstance(maps, Tensor) else [m.float() for m in maps]
 
 
 class CaseEvaluator(SupervisedEvaluator):
@@ -42,15 +67,24 @@ class CaseEvaluator(SupervisedEvaluator):
             raise DataError(f"{len(failed)} of the cases failed, the others are done:\n" + "\n".join(failed))
 
     def _usable(self, loader: Iterable) -> Iterator[Any]:
-        """A loader goes on after an error, in its workers too."""
+        """The batches that can be read, each of them while the network is at the one before.
+
+        A loader goes on after an error, in its workers too.
+        """
         batches = iter(loader)
-        while True:
-            try:
-                yield next(batches)
-            except StopIteration:
-                return
-            except DataError as error:
-                self._note(str(error))
+        with ThreadPoolExecutor(1) as reader:
+            following = reader.submit(next, batches, None)
+            while True:
+                try:
+                    batch = following.result()
+                except DataError as error:
+                    self._note(str(error))
+                    following = reader.submit(next, batches, None)
+                    continue
+                if batch is None:
+                    return
+                following = reader.submit(next, batches, None)
+                yield batch
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
         try:

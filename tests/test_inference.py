@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,25 @@ def test_a_case_that_fails_in_the_network_is_named_and_the_others_done(images, i
     with pytest.raises(DataError, match="1 of the cases failed.*\n.*1.nii.gz: OutOfMemoryError: out of memory"):
         infer(overlay=True)
     assert len(calls) == 3
+
+
+def test_the_next_case_is_read_while_the_network_is_at_one(images, infer, monkeypatch):
+    turn, forward = SliceOrientationd.__call__, FIAS.forward
+    reading = [threading.Event() for _ in range(3)]
+    seen: list[bool] = []
+
+    def note(self: SliceOrientationd, data: dict) -> dict:
+        reading[int(Path(data["image"].meta["filename_or_obj"]).name[0])].set()
+        return turn(self, data)
+
+    def wait(self: FIAS, x: torch.Tensor) -> torch.Tensor:
+        seen.append(reading[min(2, len(seen) + 1)].wait(60))
+        return forward(self, x)
+
+    monkeypatch.setattr(SliceOrientationd, "__call__", note)
+    monkeypatch.setattr(FIAS, "forward", wait)
+    assert len(infer(val_batch_size=100)) == 3
+    assert seen == [True] * 3
 
 
 def test_a_resumed_inference_does_what_is_not_whole_or_older(images, infer, weights, tmp_path):
