@@ -19,6 +19,7 @@ from monai.handlers import from_engine
 from monai.utils import set_determinism
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import DataError
 from .files import whole_file, write_csv
@@ -61,9 +62,9 @@ class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
     After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.ckpt`` all
-    that training goes on from: network, optimiser, gradient scaler, epoch, best score. (Of every file
-    ``*.pt`` there, MONAI Label would offer the shortest name first as a model.) MONAI's
-    ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a restart.
+    that training goes on from: network, averaged network, optimiser, gradient scaler, schedule, epoch, best score. (Of
+    every file ``*.pt`` there, MONAI Label would offer the shortest name first as a model.) MONAI's ``CheckpointSaver``
+    removes the old best file before it writes the new one and forgets the best score at a restart.
 
     With :class:`EpochSeed`, a training killed at any moment and resumed ends as an unbroken one: on a CPU with as many
     threads bit for bit. A new training keeps the ``model.pt`` that it finds as ``model.pt.previous``.
@@ -74,6 +75,10 @@ class Checkpoints:
         optimizer: its optimiser.
         evaluator: the validation engine, whose key metric decides.
         resume: start from ``last.ckpt``.
+        averaged: a network of averaged weights, such as ``ignite.handlers.EMAHandler`` keeps; ``model.pt`` is of it
+            then, and ``last.ckpt`` has both.
+        schedule: of the learning rate, a function of the step as ``LambdaLR`` and MONAI's are. A resumed training goes
+            on at its step, towards the end that the config says then.
 
     Raises:
         DataError: when ``resume`` is no truth value: on a command line, ``false`` is a text, and texts are true. At
@@ -88,6 +93,8 @@ class Checkpoints:
         optimizer: Optimizer,
         evaluator: Evaluator,
         resume: bool = False,
+        averaged: nn.Module | None = None,
+        schedule: LRScheduler | None = None,
     ) -> None:
         if not isinstance(resume, bool):
             raise DataError(f"resume is True or False, got {resume!r}.")
@@ -96,6 +103,8 @@ class Checkpoints:
         self.optimizer = optimizer
         self.evaluator = evaluator
         self.resume = resume
+        self.averaged = averaged
+        self.schedule = schedule
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to a trainer, after its ``ValidationHandler`` and what else ends an epoch: it is saved complete."""
@@ -140,6 +149,10 @@ class Checkpoints:
         }
         if trainer.scaler is not None:
             state["scaler"] = trainer.scaler.state_dict()
+        if self.averaged is not None:
+            state["averaged"] = self.averaged.state_dict()
+        if self.schedule is not None:
+            state["schedule"] = self.schedule.last_epoch  # torch's name, of steps too
         self._write("last.ckpt", state)
 
     def restore(self, trainer: Trainer) -> None:
@@ -162,6 +175,10 @@ class Checkpoints:
         trainer.state.max_epochs = epochs
         if trainer.scaler is not None and "scaler" in state:
             trainer.scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None:
+            load_state_dict(self.averaged, state.get("averaged", state["network"]), source=str(path))
+        if self.schedule is not None:
+            self.schedule.last_epoch = state.get("schedule", trainer.state.iteration)
         for name, value in state["best"].items():
             setattr(self.evaluator.state, name, value)
         best = state["best"]
@@ -172,7 +189,8 @@ class Checkpoints:
 
     def _write_model(self) -> None:
         # From the CPU: exports and MONAI Label load it without saying where to, on machines without a GPU too.
-        self._write("model.pt", {name: tensor.cpu() for name, tensor in self.network.state_dict().items()})
+        network = self.network if self.averaged is None else self.averaged
+        self._write("model.pt", {name: tensor.cpu() for name, tensor in network.state_dict().items()})
 
     def _write(self, name: str, state: Any) -> None:
         with whole_file(self.directory / name) as partial, open(partial, "wb") as file:

@@ -22,12 +22,16 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
 
 
-def train(root: str, data: str, resume: bool, **overrides: object) -> None:
+def train(root: str, data: str, resume: bool, recipe: str = "paper", **overrides: object) -> None:
     """Train FIAS in this process."""
+    configs = [
+        "bundles/fias_acdc/configs/train.json",
+        *(["tests/benchmarks/modern.json"] if recipe == "modern" else []),
+    ]
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
     workflow = ConfigWorkflow(
-        str(ROOT / "bundles/fias_acdc/configs/train.json"),
+        [str(ROOT / config) for config in configs],
         bundle_root=root,
         dataset_dir=data,
         layout="datalist",
@@ -78,13 +82,18 @@ def kill(process: BaseProcess, models: Path, moment: float | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "kills"),
-    [(0, 3), pytest.param(0, 20, marks=pytest.mark.slow), pytest.param(2, 8, marks=pytest.mark.slow)],
+    ("recipe", "num_workers", "kills"),
+    [
+        ("paper", 0, 3),
+        ("modern", 0, 2),
+        pytest.param("paper", 0, 20, marks=pytest.mark.slow),
+        pytest.param("paper", 2, 8, marks=pytest.mark.slow),
+    ],
 )
-def test_a_training_killed_at_any_moment_ends_as_an_unbroken_one(num_workers, kills, start, tmp_path):
+def test_a_training_killed_at_any_moment_ends_as_an_unbroken_one(recipe, num_workers, kills, start, tmp_path):
     """The same weights, optimiser, best score and history to the last bit, and nothing half-written."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = {"num_workers": num_workers, "epochs": kills + 1}
+    options = {"recipe": recipe, "num_workers": num_workers, "epochs": kills + 1, "batch_size": 2}
     first = start(whole, **options)
     moments, epochs = random.Random(0), []
     for i in range(kills):

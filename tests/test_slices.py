@@ -18,9 +18,9 @@ from monai.transforms import Invertd, LoadImage, Resized
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
-from networks import FIAS
+from networks import FIAS, DataError
 from networks.files import LoadVolumed
-from networks.slices import LabelInferer, SliceDataset, SliceOrientationd, has_bfloat16
+from networks.slices import FieldOfViewd, LabelInferer, SliceDataset, SliceOrientationd, has_bfloat16
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,12 +91,12 @@ STORED = {
 def infer(tmp_path):
     """Segment a folder with the bundle's own inference config and the stand-in network."""
 
-    def infer(folder: Path) -> Path:
+    def infer(folder: Path, **values: object) -> Path:
         parser = ConfigParser()
         parser.read_config(ROOT / "bundles/fias_acdc/configs/inference.json")
         parser.read_meta(ROOT / "bundles/fias_acdc/configs/metadata.json")
         parser.update({"dataset_dir": str(folder), "output_dir": str(tmp_path / "out"), "image_size": 64})
-        parser.update({"network": ByIntensity(), "device": torch.device("cpu"), "bfloat16": False})
+        parser.update({"network": ByIntensity(), "device": torch.device("cpu"), "bfloat16": False, **values})
         parser.get_parsed_content("evaluator").run()
         return tmp_path / "out"
 
@@ -114,6 +114,54 @@ def test_label_map_lies_on_its_image_however_it_is_stored(stored, infer, tmp_pat
     assert label.shape == image.shape and label.get_data_dtype() == np.uint8
     assert np.array_equal(label.affine, image.affine)
     assert np.mean(np.asarray(label.dataobj) == volume) > 0.97
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_a_field_of_view_is_segmented_and_the_rest_background(stored, infer, tmp_path):
+    """48 mm about the centre: 32 of 48 and 40 voxels, or more than there is."""
+    axes, flips, geometry = STORED[stored]
+    inside = np.zeros_like(anatomy(), dtype=bool)
+    inside[8:40, 4:36] = True
+    if stored == "anisotropic":
+        inside[:] = True
+    volume, matrix = reorient(anatomy(), affine(**geometry), axes, flips)
+    inside, _ = reorient(inside, matrix, axes, flips)
+    (tmp_path / "in").mkdir()
+    source = save(tmp_path / "in" / "case.nii.gz", volume, matrix)
+    image, label = nib.load(source), nib.load(infer(tmp_path / "in", field_of_view=48.0) / "case_seg.nii.gz")
+    assert label.shape == image.shape and np.array_equal(label.affine, image.affine)
+    found = np.asarray(label.dataobj)
+    assert not found[~inside].any() and np.mean(found[inside] == volume[inside]) > 0.97
+
+
+def test_a_field_of_view_gives_all_cases_pixels_of_one_size():
+    grids = [((50, 31, 3), (1.5, 1.5)), ((60, 60, 3), (1.0, 2.0))]
+    labels = [MetaTensor(torch.ones(1, *shape), np.diag([*mm, 8, 1])) for shape, mm in grids]
+    cut = FieldOfViewd(["image", "label"], 60)
+    for label, side in zip(labels, ((40, 40), (60, 30)), strict=True):
+        case = cut({"image": label * 5, "label": label})
+        assert case["image"].shape == case["label"].shape == (1, *side, 3)
+        assert torch.equal(case["image"] > 0, case["label"] > 0)
+    whole = {"image": labels[0]}
+    assert FieldOfViewd("image", None)(whole)["image"] is labels[0]
+    for wrong in (0, "wide"):
+        with pytest.raises(DataError, match=f"field_of_view is a number of millimetres.*got {wrong!r}"):
+            FieldOfViewd("image", wrong)
+
+
+def test_flips_give_the_mean_of_the_four_mirrored_predictions():
+    torch.manual_seed(0)
+    network = random_heads(FIAS(1, 4)).eval()
+    image = torch.rand(1, 1, 12, 10, 3).repeat_interleave(5, 2).repeat_interleave(4, 3)
+    with torch.no_grad():
+        labels = LabelInferer((60, 40), bfloat16=False, flips=True)(image, network)
+        x = image[0].movedim(3, 0)
+        views = [(), (2,), (3,), (2, 3)]
+        mean = sum(network(x.flip(v)).flip(v).softmax(1) for v in views)
+        mirrored = LabelInferer((60, 40), bfloat16=False, flips=True)(image.flip(2), network).flip(2)
+    assert torch.equal(labels[0, 0].movedim(2, 0), mean.argmax(1).to(torch.uint8))
+    assert (labels == mirrored).float().mean() > 0.999
+    assert not torch.equal(labels, LabelInferer((60, 40), bfloat16=False)(image, network))
 
 
 def test_label_inferer_gives_the_plain_recipe_s_labels():
