@@ -81,7 +81,8 @@ def release(
 
     Raises:
         DataError: when the metadata does not follow the schema, its version is not in its changelog, a set value is in
-            no config, the network does not give what the metadata says, or the weights do not fit it.
+            no config, a weight is too large for half precision, the network does not give what the metadata says, or
+            the weights do not fit it.
     """
     if bundle == "all":
         if name or set or weights:
@@ -136,14 +137,17 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
     if model.is_file():
         flat = io.BytesIO()  # bare, on the CPU: MONAI Label and the exports read it leniently, without saying where to
         state = read_weights(model)
-        torch.save({k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}, flat)
+        if half:
+            state = {k: _halved(k, v) if v.is_floating_point() else v for k, v in state.items()}
+        torch.save(state, flat)
         files["models/model.pt"] = flat.getvalue()
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):
         text = config.read_text(encoding="utf-8")
         if config.name != "metadata.json":
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
-            for key, value in values.items():
+            # the overlays of a device, such as TensorRT's, hold some of these to what it needs
+            for key, value in values.items() if config.stem in ("train", "evaluate", "inference") else ():
                 line = f'    "{key}": {json.dumps(value)}'
                 pattern = rf'^    "{re.escape(key)}": .*?(,?)$'
                 match = re.search(pattern, text, re.M)
@@ -165,6 +169,15 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
     if (source / "large_files.yml").is_file():
         files["large_files.yml"] = (source / "large_files.yml").read_bytes()
     return files
+
+
+def _halved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.half()
+    if not bool(torch.isfinite(half).all()):
+        raise DataError(
+            f"{name} holds values that half precision does not: {float(tensor.abs().max()):g}. Release it whole."
+        )
+    return half
 
 
 def _parse(path: str, content: bytes) -> None:

@@ -126,7 +126,7 @@ def image_files(
         ``{"id": name, "image": path}`` per file or series, sorted.
 
     Raises:
-        DataError: when there is no such folder, or no image in it.
+        DataError: when there is no such folder, no image in it, or two of one name but for the ending.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -138,6 +138,11 @@ def image_files(
     taken = sorted(p for p in found if not any(fnmatch(p.name, pattern) for pattern in ignore))
     if not taken:
         raise DataError(f"No images in {folder}: expected {_either(suffixes)} files there or in its subfolders.")
+    named: dict[tuple[Path, str], Path] = {}
+    for path in taken:
+        other = named.setdefault((path.parent, found[path]), path)
+        if other != path:
+            raise DataError(f"{other} and {path} would have one label map, by their name. Rename or remove one.")
     return [{"id": found[path], "image": str(path)} for path in taken]
 
 

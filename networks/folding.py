@@ -48,15 +48,15 @@ def prepare_for_inference(network: nn.Module) -> None:
 
 
 def _keep_freed_memory(largest: int = 2**27, kept: int = 2**29) -> None:
-    """Let glibc keep freed blocks up to a size, and so many bytes of them in all; nothing without glibc.
+    """Let glibc keep freed blocks up to a size, and so many bytes of them for each thread; nothing without glibc.
 
     By itself it returns those of a batch to the system after each use, and each page of the next costs a fault: up to
     a tenth of the time of a volume.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, largest)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, kept)  # M_TRIM_THRESHOLD
+        if libc.mallopt(-3, largest) or libc.mallopt(-3, 2**25):  # M_MMAP_THRESHOLD, of which older ones take less
+            libc.mallopt(-1, kept)  # M_TRIM_THRESHOLD
 
 
 def fuse_convs(conv: nn.Conv2d, pointwise: nn.Conv2d) -> nn.Conv2d:

@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar as IgniteProgressBar
 from ignite.metrics import Average, Frequency, RunningAverage
+from ignite.metrics.metric import MetricUsage
 from monai.data import set_rnd
 from monai.engines import Evaluator, Trainer
 from monai.handlers import from_engine
@@ -25,7 +26,7 @@ from .errors import DataError
 from .files import whole_file, write_csv
 from .weights import load_state_dict, read_tensors
 
-__all__ = ["Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "read_history"]
+__all__ = ["Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "WholeOutput", "read_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ class Checkpoints:
             on at its step, towards the end that the config says then.
 
     Raises:
-        DataError: when ``resume`` is no truth value: on a command line, ``false`` is a text, and texts are true. At
-            the start of a resumed training, when ``last.ckpt`` is unreadable, of another network, or of other data.
+        DataError: when the evaluator validates another network than is saved, or ``resume`` is no truth value: on a
+            command line, ``false`` is a text, and texts are true. At the start of a resumed training, when
+            ``last.ckpt`` is unreadable, of another network, of other data, or of a training by other config files.
         FileNotFoundError: at the start of a resumed training without ``last.ckpt``.
     """
 
@@ -105,6 +107,12 @@ class Checkpoints:
         self.resume = resume
         self.averaged = averaged
         self.schedule = schedule
+        validated = getattr(evaluator, "network", self.network)
+        if validated is not (averaged or self.network):
+            raise DataError(
+                "The evaluator validates another network than model.pt will hold: where config files change either, "
+                "name multi_gpu_train.json before the recipe."
+            )
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to a trainer, after its ``ValidationHandler`` and what else ends an epoch: it is saved complete."""
@@ -160,7 +168,7 @@ class Checkpoints:
         path = self.directory / "last.ckpt"
         if not path.is_file():
             raise FileNotFoundError(f"Nothing to resume: no {path}. Train without --resume first.")
-        state = read_tensors(path)
+        state: Any = read_tensors(path)
         if not isinstance(state, dict) or not {"network", "optimizer", "trainer", "best"} <= state.keys():
             raise DataError(f"{path} holds no state of a training. Train without --resume.")
         epochs, length = trainer.state.max_epochs, trainer.state.epoch_length
@@ -169,16 +177,24 @@ class Checkpoints:
                 f"{path} comes from a training of {state['trainer']['epoch_length']} batches an epoch, this one has "
                 f"{length}. Resume with the same data and batch_size, or start anew from its weights with --start_from."
             )
+        for name, present in {"averaged": self.averaged is not None, "schedule": self.schedule is not None}.items():
+            if (name in state) != present:
+                raise DataError(
+                    f"{path} comes from a training {'with' if name in state else 'without'} {name} "
+                    f"{'weights' if name == 'averaged' else 'learning rate'}. Resume with the same config files."
+                )
         load_state_dict(self.network, state["network"], source=str(path))
+        for group, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            group["fused"] = own.get("fused")  # how, not what: the gradient scaler asked this optimiser
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.load_state_dict(state["trainer"])
         trainer.state.max_epochs = epochs
         if trainer.scaler is not None and "scaler" in state:
             trainer.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
-            load_state_dict(self.averaged, state.get("averaged", state["network"]), source=str(path))
+            load_state_dict(self.averaged, state["averaged"], source=str(path))
         if self.schedule is not None:
-            self.schedule.last_epoch = state.get("schedule", trainer.state.iteration)
+            self.schedule.last_epoch = state["schedule"]
         for name, value in state["best"].items():
             setattr(self.evaluator.state, name, value)
         best = state["best"]
@@ -205,7 +221,8 @@ class ProgressBar:
 
     Args:
         evaluator: the validation engine.
-        every: iterations between updates, and there is one at an epoch's end; each reads the loss from the device.
+        every: iterations between updates, and there is one at an epoch's end. No other reads the loss from the device;
+            what is shown is a running average of those read.
     """
 
     def __init__(self, evaluator: Evaluator, every: int = 10) -> None:
@@ -214,8 +231,10 @@ class ProgressBar:
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to a trainer, after its ``ValidationHandler``. Only the first process shows the bar."""
-        RunningAverage(output_transform=from_engine(["loss"], first=True)).attach(trainer, "loss")
-        Frequency(output_transform=len).attach(trainer, "slices/s", Events.ITERATION_COMPLETED)
+        due: Any = Events.ITERATION_COMPLETED(event_filter=self._is_due)
+        loss = RunningAverage(alpha=0.9, output_transform=from_engine(["loss"], first=True))
+        loss.attach(trainer, "loss", MetricUsage(Events.STARTED, due, due))
+        Frequency(lambda output: len(output[0]["image"])).attach(trainer, "slices/s", due)
         trainer.state.metrics["dice"] = float("nan")  # none yet
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note_score)
         if trainer.state.rank == 0:
@@ -223,7 +242,7 @@ class ProgressBar:
             bar.attach(
                 trainer,
                 metric_names=["loss", "dice", "slices/s"],
-                event_name=Events.ITERATION_COMPLETED(event_filter=self._is_due),
+                event_name=due,
                 closing_event_name=Events.EPOCH_COMPLETED,
             )
 
@@ -254,7 +273,7 @@ class History:
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to a trainer, after its ``ValidationHandler`` and before :class:`Checkpoints`."""
-        Average(output_transform=from_engine(["loss"], first=True)).attach(trainer, "mean_loss")
+        Average(from_engine(["loss"], first=True), trainer.state.device).attach(trainer, "mean_loss")
         if trainer.state.rank == 0:
             trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note)
 
@@ -293,6 +312,22 @@ class ShareBuffers:
     def _share(self) -> None:
         for buffer in self.network.buffers():
             torch.distributed.broadcast(buffer, 0)
+
+
+class WholeOutput:
+    """Handler of a trainer with ``decollate=False`` that puts each step's output, a dictionary, into a list of its own.
+
+    So other handlers find in it what they find in MONAI's list of one dictionary per slice, by
+    ``from_engine(..., first=True)``. To make that, MONAI reads the loss from the device in each step, and a GPU that is
+    waited for runs dry.
+    """
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer, before all that reads its output."""
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._wrap)
+
+    def _wrap(self, trainer: Trainer) -> None:
+        trainer.state.output = [trainer.state.output]
 
 
 def read_history(path: Path) -> list[dict[str, str]]:

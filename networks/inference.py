@@ -1,47 +1,26 @@
-"""Inference over many cases, unattended: a bad one stops no other, and what is done is not done again.
-
-And the forward of a training in bfloat16.
-"""
+"""Inference over many cases, unattended: a bad one stops no other, and what is done is not done again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.engines import SupervisedEvaluator
-from monai.inferers import SimpleInferer
 from monai.utils import ensure_tuple, string_list_all_gather
-from torch import Tensor
 
 from .errors import DataError, sentence
 from .files import LoadVolumed, SaveLabelMapd
 
-__all__ = ["AutocastInferer", "CaseEvaluator", "unfinished"]
+__all__ = ["CaseEvaluator", "unfinished"]
 
 logger = logging.getLogger(__name__)
 
-
-class AutocastInferer(SimpleInferer):
-    """:class:`monai.inferers.SimpleInferer` in bfloat16, on CPUs too, where the trainer's ``amp`` has no effect.
-
-    Args:
-        bfloat16: True runs the network in that type by autocast, and gives its maps in fp32, for the loss.
-    """
-
-    def __init__(self, bfloat16: bool | None = None) -> None:
-        super().__init__()
-        self.bfloat16 = bfloat16
-
-    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not self.bfloat16:
-            return super().__call__(inputs, network, *args, **kwargs)
-        with torch.autocast(inputs.device.type, torch.bfloat16):
-            maps = super().__call__(inputs, network, *args, **kwargs)
-        return maps.float() if isinstance(maps, Tensor) else [m.float() for m in maps]
+READ_AHEAD = 2**30
+"""Bytes of the largest image beside which the next is held: of larger ones, memory has one at a time."""
 
 
 class CaseEvaluator(SupervisedEvaluator):
@@ -56,41 +35,44 @@ class CaseEvaluator(SupervisedEvaluator):
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Do all cases of the loader; see :class:`monai.engines.Evaluator`."""
         self.failed: list[str] = []
-        loader = self.data_loader
-        self.data_loader, self.state.epoch_length = self._usable(loader), None
+        loader, batches = self.data_loader, self._usable(self.data_loader)
+        self.data_loader, self.state.epoch_length = batches, None
         try:
             super().run(global_epoch)
         finally:
+            batches.close()
             self.data_loader = loader
         failed = [reason for reason in string_list_all_gather(self.failed) if reason]
         if failed:
             raise DataError(f"{len(failed)} of the cases failed, the others are done:\n" + "\n".join(failed))
 
-    def _usable(self, loader: Iterable) -> Iterator[Any]:
+    def _usable(self, loader: Iterable) -> Generator[Any, None, None]:
         """The batches that can be read, each of them while the network is at the one before.
 
         A loader goes on after an error, in its workers too.
         """
         batches = iter(loader)
         with ThreadPoolExecutor(1) as reader:
-            following = reader.submit(next, batches, None)
+            following: Future | None = None
             while True:
                 try:
-                    batch = following.result()
+                    batch = (following or reader.submit(next, batches, None)).result()
                 except DataError as error:
                     self._note(str(error))
-                    following = reader.submit(next, batches, None)
+                    following = None
                     continue
                 if batch is None:
                     return
-                following = reader.submit(next, batches, None)
+                small = batch["image"].nbytes <= READ_AHEAD
+                following = reader.submit(next, batches, None) if small else None
                 yield batch
+                del batch
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
         try:
             return super()._iteration(engine, batchdata)
         except Exception as error:
-            if sentence(error):  # of a file that cannot be written: nor could the next
+            if (sentence(error) or "").startswith("Cannot write"):  # nor could the next
                 raise
             files = ", ".join(ensure_tuple(batchdata["image"].meta["filename_or_obj"]))
             self._note(f"{files}: {type(error).__name__}: {error}", trace=True)

@@ -13,6 +13,7 @@ the volume is stored, an inferer that keeps no logits of a whole volume, and a d
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import CacheDataset, MetaTensor, PersistentDataset
-from monai.inferers import Inferer
+from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import (
     Compose,
     Crop,
@@ -42,6 +43,7 @@ from torch.utils.data import Dataset
 from .errors import DataError
 
 __all__ = [
+    "AutocastInferer",
     "FieldOfViewd",
     "LabelInferer",
     "SliceDataset",
@@ -146,7 +148,7 @@ class FieldOfViewd(MapTransform, InvertibleTransform):
 
     def __init__(self, keys: KeysCollection, size: float | None) -> None:
         super().__init__(keys)
-        if size is not None and not (isinstance(size, (int, float)) and size > 0):
+        if size is not None and (isinstance(size, (bool, str)) or not 0 < size < math.inf):
             raise DataError(f"field_of_view is a number of millimetres, or None for whole slices, got {size!r}.")
         self.size = size
         self.crop, self.pad = Crop(), Pad()
@@ -161,7 +163,8 @@ class FieldOfViewd(MapTransform, InvertibleTransform):
                 d[key], Crop.compute_slices(roi_start=[*starts, 0], roi_end=[*map(sum, zip(starts, wanted)), depth])
             )
             lacks = [max(0, want - have) for have, want in zip(shape, wanted, strict=True)]
-            d[key] = self.pad(d[key], [(0, 0), *((lack // 2, lack - lack // 2) for lack in lacks), (0, 0)])
+            width: Any = [(0, 0), *((lack // 2, lack - lack // 2) for lack in lacks), (0, 0)]
+            d[key] = self.pad(d[key], width)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -222,6 +225,25 @@ class LabelInferer(Inferer):
                 found.append(_resize(logits, (h, w)).argmax(1, keepdim=True).to(torch.uint8))
         labels = torch.cat(found).unflatten(0, (b, depth)).movedim(1, 4)
         return MetaTensor(labels).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else labels
+
+
+class AutocastInferer(SimpleInferer):
+    """:class:`monai.inferers.SimpleInferer` in bfloat16, on CPUs too, where the trainer's ``amp`` has no effect.
+
+    Args:
+        bfloat16: True runs the network in that type by autocast, and gives its maps in fp32, for the loss.
+    """
+
+    def __init__(self, bfloat16: bool | None = None) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.bfloat16:
+            return super().__call__(inputs, network, *args, **kwargs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            maps = super().__call__(inputs, network, *args, **kwargs)
+        return maps.float() if isinstance(maps, Tensor) else [m.float() for m in maps]
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,11 +19,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run, save_random
+from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
 from PIL import Image
-from conftest import ROOT, run, save_random
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import FIAS
 from networks.datasets import cases
@@ -166,6 +168,7 @@ def test_resume_takes_up_epoch_optimiser_best_score_and_history(name, trained, c
     shutil.copytree(trained, tmp_path / "root")
     last = tmp_path / "root" / "models" / "last.ckpt"
     before = torch.load(last, weights_only=True)
+    before["optimizer"]["param_groups"][0]["fused"] = None  # of an optimiser that was not
     before["best"]["best_metric"] = 2.0  # out of reach: a resumed run must not think its first epoch the best
     torch.save(before, last)
     model = (last.parent / "model.pt").read_bytes()
@@ -173,6 +176,7 @@ def test_resume_takes_up_epoch_optimiser_best_score_and_history(name, trained, c
     log = run_bundle("training", f"{configs}/train.json", epochs=2, **arguments).stdout
     after = torch.load(last, weights_only=True)
     assert "resumed after epoch 1 of 2, best score 2.0000" in log
+    assert after["optimizer"]["param_groups"][0]["fused"] is True
     assert after["trainer"]["iteration"] == 2 * before["trainer"]["iteration"]
     steps = [{int(s["step"]) for s in state["optimizer"]["state"].values()} for state in (before, after)]
     assert steps[1] == {2 * s for s in steps[0]}
@@ -230,6 +234,35 @@ def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, 
     with (tmp_path / "eval" / "history.csv").open() as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
     assert rates[0] == pytest.approx(2.5e-4, rel=0.2) and rates[1] == 0  # half of a cosine, and its end
+    options = {**options, "epochs": 3, "resume": True, "batch_size": 6, **quick(name, pretrained=False)}
+    result = run_bundle("training", f"{configs}/train.json", check=False, **options)
+    assert result.returncode == 1
+    assert "training with averaged weights. Resume with the same config files." in result.stdout
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a value from a tensor: on a GPU, each waits until all before it is computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@of_volumes
+def test_a_training_step_reads_nothing_from_the_device(name, configs, data, tmp_path):
+    """But each tenth, for the progress bar and TensorBoard."""
+    options = quick(name, bundle_root=str(tmp_path), dataset_dir=str(data), pretrained=False, batch_size=2)
+    workflow = ConfigWorkflow(f"{configs}/train.json", **{**options, "num_workers": 1, "epochs": 1})
+    workflow.initialize()
+    trainer, counts, reads = workflow.parser.get_parsed_content("train#trainer"), [], Reads()
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: counts.append(reads.count))
+    with reads:
+        workflow.run()
+    steps = np.diff(counts).tolist()
+    assert len(steps) >= 20 and steps[8] > 0
+    assert not any(steps[:8] + steps[9:18])
 
 
 @samples
@@ -410,7 +443,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
         json.loads((configs / f"{f}.json").read_text()) for f in ("train", "evaluate", "inference")
     )
     assert train["validate"]["preprocessing_transforms"] == evaluate["preprocessing"]["transforms"]
-    assert train["validate"]["inferer"] == evaluate["inferer"]
+    assert {**train["validate"]["inferer"], "flips": "@flips"} == evaluate["inferer"]
     without_label = [t for t in evaluate["preprocessing"]["transforms"] if isinstance(t, str) or t["keys"] != "label"]
     assert without_label == inference["preprocessing"]["transforms"]
     for key in ("inferer", "dataloader", "network_def", "network"):

@@ -202,6 +202,9 @@ def test_image_files_of_a_folder(tmp_path):
     files = image_files(tmp_path, ignore=["*_gt.nii*", "*_4d.nii*"])
     assert [f["id"] for f in files] == ["patient001_frame01", "patient001_frame12"]
     assert [f["id"] for f in image_files(tmp_path, suffixes=[".jpg", ".png"])] == ["photo"]
+    touch(folder / "photo.png")
+    with pytest.raises(DataError, match="photo.JPG and .*photo.png would have one label map"):
+        image_files(tmp_path, suffixes=[".jpg", ".png"])
     with pytest.raises(DataError, match="is no folder"):
         image_files(tmp_path / "none")
     with pytest.raises(DataError, match="No images in .*expected .nii.gz, .nii or .dcm files"):

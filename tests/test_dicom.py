@@ -15,6 +15,7 @@ from monai.transforms import Compose
 from networks import DataError
 from networks.datasets import image_files
 from networks.files import LoadVolumed, SaveLabelMapd
+from networks.slices import FieldOfViewd, SliceOrientationd
 
 SPACING = (0.8, 0.7, 2.5)
 ORIGIN = (-10.0, 20.0, -30.0)
@@ -66,12 +67,14 @@ def test_a_series_is_one_volume_in_its_own_geometry(tmp_path):
     assert np.array_equal(volume[0], values)
 
 
-def test_a_label_map_of_a_series_lies_on_it_for_itk(tmp_path):
+@pytest.mark.parametrize("field_of_view", [None, 6.5])
+def test_a_label_map_of_a_series_lies_on_it_for_itk(field_of_view, tmp_path):
     write_series(tmp_path / "in" / "A" / "1.2.3")
     write_series(tmp_path / "in" / "A" / "1.2.4", uid="1.9")
     save = SaveLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "in")
+    prepare = Compose([LoadVolumed("image"), SliceOrientationd("image"), FieldOfViewd("image", field_of_view)])
     for case in image_files(tmp_path / "in"):
-        Compose([LoadVolumed("image"), save])(case)
+        save(prepare.inverse(prepare(case)))
     maps = sorted((tmp_path / "out").rglob("*.nii.gz"))
     assert [str(m.relative_to(tmp_path / "out")) for m in maps] == ["A/1.2.3_seg.nii.gz", "A/1.2.4_seg.nii.gz"]
     label = itk.imread(str(maps[0]))

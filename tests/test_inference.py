@@ -17,7 +17,7 @@ from conftest import ROOT
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-from networks import FIAS, DataError
+from networks import FIAS, DataError, inference
 from networks.slices import SliceOrientationd
 
 CONFIG = f"{ROOT}/bundles/fias_acdc/configs/inference.json"
@@ -106,6 +106,46 @@ def test_a_case_that_fails_in_the_network_is_named_and_the_others_done(images, i
     with pytest.raises(DataError, match="1 of the cases failed.*\n.*1.nii.gz: OutOfMemoryError: out of memory"):
         infer(overlay=True)
     assert len(calls) == 3
+
+
+def test_an_image_that_goes_away_meanwhile_is_named_and_the_others_done(images, infer, monkeypatch, tmp_path):
+    forward = FIAS.forward
+    gone = iter(["1.nii.gz"])
+
+    def remove(self: FIAS, x: torch.Tensor) -> torch.Tensor:
+        (images / next(gone, "none")).unlink(missing_ok=True)  # the second is read, and not yet segmented
+        return forward(self, x)
+
+    turn = SliceOrientationd.__call__
+    read = threading.Event()
+
+    def note(self: SliceOrientationd, data: dict) -> dict:
+        if data["image"].meta["filename_or_obj"].endswith("1.nii.gz"):
+            read.set()
+        return turn(self, data)
+
+    monkeypatch.setattr(SliceOrientationd, "__call__", note)
+    monkeypatch.setattr(FIAS, "forward", lambda self, x: read.wait(60) and remove(self, x))
+    with pytest.raises(DataError, match="1 of the cases failed.*\n.*1.nii.gz"):
+        infer(val_batch_size=100)
+    assert len(list((tmp_path / "out").glob("*_seg*"))) == 2
+
+
+def test_results_beside_the_images_are_not_segmented(images, infer):
+    assert len(infer(output_dir=str(images), overlay=True)) == 0  # nothing new in the other folder
+    assert len(list(images.glob("*_seg.nii.gz"))) == 3
+    infer(output_dir=str(images), overlay=True)
+    assert len(list(images.glob("*_seg.nii.gz"))) == len(list(images.glob("*_overlay.png"))) == 3
+
+
+def test_large_cases_are_read_one_at_a_time(images, infer, monkeypatch):
+    turn, forward = SliceOrientationd.__call__, FIAS.forward
+    order: list[str] = []
+    monkeypatch.setattr(inference, "READ_AHEAD", 0)
+    monkeypatch.setattr(SliceOrientationd, "__call__", lambda self, data: order.append("read") or turn(self, data))
+    monkeypatch.setattr(FIAS, "forward", lambda self, x: order.append("segment") or forward(self, x))
+    assert len(infer(val_batch_size=100)) == 3
+    assert order == ["read", "segment"] * 3
 
 
 def test_the_next_case_is_read_while_the_network_is_at_one(images, infer, monkeypatch):

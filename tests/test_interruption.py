@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from monai.bundle import ConfigWorkflow
 
+from networks import DataError
 from networks.datasets import cases
+from networks.handlers import Checkpoints
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
@@ -79,6 +82,14 @@ def kill(process: BaseProcess, models: Path, moment: float | None) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_the_network_that_is_validated_is_the_one_that_is_saved(tmp_path):
+    network, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters())
+    for validated, options in ((average, {}), (network, {"averaged": average})):
+        with pytest.raises(DataError, match="name multi_gpu_train.json before the recipe"):
+            Checkpoints(tmp_path, network, optimizer, SimpleNamespace(network=validated), **options)
 
 
 @pytest.mark.parametrize(

@@ -195,16 +195,23 @@ def test_weights_elsewhere_are_fetched_and_checked_by_monai(release, server, wei
 
 
 def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
-    values = {"size": "small", "batch_size": 4}
+    values = {"size": "small", "batch_size": 4, "bfloat16": True, "field_of_view": 200}
     script.release("danie_glas", str(tmp_path), name="danie_s_glas", set=values, schema=str(schema))
     with zipfile.ZipFile(tmp_path / "danie_s_glas_v0.1.0.zip") as archive:
-        train, inference = (json.loads(archive.read(f"danie_s_glas/configs/{n}.json")) for n in ("train", "inference"))
+        train, inference, tensorrt = (
+            json.loads(archive.read(f"danie_s_glas/configs/{n}.json")) for n in ("train", "inference", "inference_trt")
+        )
     assert train["size"] == inference["size"] == "small" and train["batch_size"] == 4
+    assert train["field_of_view"] == inference["field_of_view"] == 200
+    assert inference["bfloat16"] is True and tensorrt["bfloat16"] is False  # its engine has a type of its own
     assert train["name"] == inference["name"] == "danie_s_glas"
     assert train["pretrained"] is True and train["start_from"] == ""  # no weights: as the bundle itself
 
 
 def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
+    large = torch.load(weights, weights_only=True)
+    large[next(iter(large))].fill_(1e5)
+    torch.save(large, tmp_path / "large.pt")
     strict = tmp_path / "strict.json"
     strict.write_text(json.dumps({"type": "object", "required": ["colour"]}))
     wrong = {
@@ -214,6 +221,10 @@ def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
         "has the value colour": ["fias_acdc", {"set": {"colour": 1}}],
         "set takes values of one line": ["fias_acdc", {"set": {"loss": 1}}],
         "belong to one bundle": ["all", {"name": "other"}],
+        "holds values that half precision does not: 100000": [
+            "fias_acdc",
+            {"weights": str(tmp_path / "large.pt"), "half": True},
+        ],
         "No weights at": ["fias_acdc", {"weights": str(tmp_path / "none.pt")}],
         "are not those of this DANIE": ["danie_acdc", {"set": {"size": "small"}, "weights": str(weights)}],
     }

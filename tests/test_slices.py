@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from networks import FIAS, DataError
 from networks.files import LoadVolumed
-from networks.slices import FieldOfViewd, LabelInferer, SliceDataset, SliceOrientationd, has_bfloat16
+from networks.slices import AutocastInferer, FieldOfViewd, LabelInferer, SliceDataset, SliceOrientationd, has_bfloat16
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def test_a_field_of_view_gives_all_cases_pixels_of_one_size():
         assert torch.equal(case["image"] > 0, case["label"] > 0)
     whole = {"image": labels[0]}
     assert FieldOfViewd("image", None)(whole)["image"] is labels[0]
-    for wrong in (0, "wide"):
+    for wrong in (0, True, float("inf"), "wide"):
         with pytest.raises(DataError, match=f"field_of_view is a number of millimetres.*got {wrong!r}"):
             FieldOfViewd("image", wrong)
 
@@ -202,6 +202,20 @@ def test_bfloat16_is_taken_where_asked_or_there(monkeypatch):
         assert has_bfloat16("cpu") == there
     with pytest.raises(AssertionError):
         LabelInferer((32, 32))(torch.zeros(1, 1, 32, 32, 2), network)
+
+
+def test_training_in_bfloat16_gives_the_loss_single_precision():
+    def network(x: Tensor) -> Tensor:
+        types.append(torch.mm(x[0, 0], x[0, 0]).dtype)
+        return torch.mm(x[0, 0], x[0, 0])
+
+    types: list[torch.dtype] = []
+    x = torch.rand(1, 1, 4, 4)
+    for bfloat16, inside in ((True, torch.bfloat16), (None, torch.float32), (False, torch.float32)):
+        assert AutocastInferer(bfloat16)(x, network).dtype == torch.float32
+        assert types.pop() == inside
+    maps = AutocastInferer(True)(x, lambda x: [network(x)] * 3)
+    assert [m.dtype for m in maps] == [torch.float32] * 3
 
 
 def test_single_slice_and_trailing_channel_keep_their_exact_shape(infer, tmp_path):

@@ -9,9 +9,9 @@ network's place by ``network_def`` alone. Any other word is an override of both 
 one of training alone goes in by ``--train "{'batch_size': 8}"``.
 
 Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``; one that is there with its scores is not
-run again, so a broken-off table is taken up by the same command. Time has the start-up and all validation in it. Scores
-are of ``model.pt``, the best epoch on the same validation cases: they compare networks and recipes, and are no figures
-of a test set.
+run again, and refused under other options, so a broken-off table is taken up by the same command. Time has the start-up
+and all validation in it. Scores are of ``model.pt``, the best epoch on the same validation cases: they compare networks
+and recipes, and are no figures of a test set.
 """
 
 from __future__ import annotations
@@ -120,6 +120,9 @@ def main(
                 **overrides,
             }
             done = root / "done.json"
+            asked = json.loads(json.dumps({"epochs": epochs, "train": train or {}, **overrides}, default=str))
+            if done.exists() and json.loads(done.read_text())["asked"] != asked:
+                raise ValueError(f"{root} was trained by other options: remove it, or name another output_dir.")
             if not done.exists():
                 root.mkdir(parents=True, exist_ok=True)
                 start = time.perf_counter()
@@ -132,8 +135,8 @@ def main(
                 bundle_run("evaluating", [evaluate], root / "evaluating.log", **scoring)
                 speed = {"minutes": seconds / 60, "slices/s": epochs * int(slices) / seconds}
                 (root / "models" / "last.ckpt").unlink()
-                done.write_text(json.dumps({**score(root / "eval"), **speed}))
-            scores = json.loads(done.read_text())
+                done.write_text(json.dumps({"asked": asked, "scores": {**score(root / "eval"), **speed}}))
+            scores = json.loads(done.read_text())["scores"]
             rows.append((name, str(seed), scores))
     columns = list(dict.fromkeys(key for *_, scores in rows for key in scores))
     cells = [[name, seed, *(f"{scores.get(key, float('nan')):.4g}" for key in columns)] for name, seed, scores in rows]
