@@ -19,9 +19,6 @@ __all__ = ["CaseEvaluator", "unfinished"]
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 2**30
-"""Bytes of the largest image beside which the next is held: of larger ones, memory has one at a time."""
-
 
 class CaseEvaluator(SupervisedEvaluator):
     """:class:`monai.engines.SupervisedEvaluator` that goes on after a case that it cannot do, and names it at the end.
@@ -46,8 +43,16 @@ class CaseEvaluator(SupervisedEvaluator):
         if failed:
             raise DataError(f"{len(failed)} of the cases failed, the others are done:\n" + "\n".join(failed))
 
+    def reads_ahead(self, batch: Mapping[str, Any]) -> bool:
+        """Whether the next case is read while the network is at this one.
+
+        Not on a CPU, all of whose cores the network takes (1.02 to 1.05 of the time, measured on two), and not beside
+        an image of more than 1 GB: of such, memory holds one at a time.
+        """
+        return self.state.device.type != "cpu" and batch["image"].nbytes <= 2**30
+
     def _usable(self, loader: Iterable) -> Generator[Any, None, None]:
-        """The batches that can be read, each of them while the network is at the one before.
+        """The batches that can be read.
 
         A loader goes on after an error, in its workers too.
         """
@@ -63,8 +68,7 @@ class CaseEvaluator(SupervisedEvaluator):
                     continue
                 if batch is None:
                     return
-                small = batch["image"].nbytes <= READ_AHEAD
-                following = reader.submit(next, batches, None) if small else None
+                following = reader.submit(next, batches, None) if self.reads_ahead(batch) else None
                 yield batch
                 del batch
 

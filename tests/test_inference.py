@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +18,8 @@ from conftest import ROOT
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-from networks import FIAS, DataError, inference
+from networks import FIAS, DataError
+from networks.inference import CaseEvaluator
 from networks.slices import SliceOrientationd
 
 CONFIG = f"{ROOT}/bundles/fias_acdc/configs/inference.json"
@@ -124,6 +126,7 @@ def test_an_image_that_goes_away_meanwhile_is_named_and_the_others_done(images, 
             read.set()
         return turn(self, data)
 
+    monkeypatch.setattr(CaseEvaluator, "reads_ahead", lambda self, batch: True)
     monkeypatch.setattr(SliceOrientationd, "__call__", note)
     monkeypatch.setattr(FIAS, "forward", lambda self, x: read.wait(60) and remove(self, x))
     with pytest.raises(DataError, match="1 of the cases failed.*\n.*1.nii.gz"):
@@ -138,17 +141,21 @@ def test_results_beside_the_images_are_not_segmented(images, infer):
     assert len(list(images.glob("*_seg.nii.gz"))) == len(list(images.glob("*_overlay.png"))) == 3
 
 
-def test_large_cases_are_read_one_at_a_time(images, infer, monkeypatch):
+def test_on_a_cpu_cases_are_read_one_at_a_time(images, infer, monkeypatch):
     turn, forward = SliceOrientationd.__call__, FIAS.forward
     order: list[str] = []
-    monkeypatch.setattr(inference, "READ_AHEAD", 0)
     monkeypatch.setattr(SliceOrientationd, "__call__", lambda self, data: order.append("read") or turn(self, data))
     monkeypatch.setattr(FIAS, "forward", lambda self, x: order.append("segment") or forward(self, x))
     assert len(infer(val_batch_size=100)) == 3
     assert order == ["read", "segment"] * 3
 
 
-def test_the_next_case_is_read_while_the_network_is_at_one(images, infer, monkeypatch):
+def test_elsewhere_the_next_case_is_read_while_the_network_is_at_one(images, infer, monkeypatch):
+    largest, larger = ({"image": torch.empty(values, device="meta")} for values in (2**28, 2**28 + 1))
+    for device, case, ahead in (("cpu", largest, False), ("cuda", largest, True), ("cuda", larger, False)):
+        evaluator = SimpleNamespace(state=SimpleNamespace(device=torch.device(device)))
+        assert CaseEvaluator.reads_ahead(evaluator, case) == ahead
+    monkeypatch.setattr(CaseEvaluator, "reads_ahead", lambda self, batch: True)
     turn, forward = SliceOrientationd.__call__, FIAS.forward
     reading = [threading.Event() for _ in range(3)]
     seen: list[bool] = []
