@@ -190,7 +190,7 @@ class LabelInferer(Inferer):
         bfloat16: run the network in that type by autocast; None does so on a GPU where :func:`has_bfloat16` holds. On a
             CPU that has it, it is faster too, but rounds otherwise.
         flips: take the mean of the class probabilities of each slice and its three mirror images, in four times the
-            time.
+            time. A network that was trained without flips knows left from right, and loses by it.
 
     Shape:
         ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit.
