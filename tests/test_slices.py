@@ -164,6 +164,25 @@ def test_flips_give_the_mean_of_the_four_mirrored_predictions():
     assert not torch.equal(labels, LabelInferer((60, 40), bfloat16=False)(image, network))
 
 
+class OneSided(ByIntensity):
+    """A stand-in network: surely class 1 in the first half of the rows, rather class 0 in the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        surely, rather = torch.tensor([0.0, 4, 0, 0]), torch.tensor([1.0, 0, -9, -9])
+        rows = torch.stack([surely] * 32 + [rather] * 32, 1)
+        return rows[None, :, :, None].expand(len(x), 4, 64, 64)
+
+
+def test_flips_are_an_option_of_inference(infer, tmp_path):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "case.nii.gz", anatomy(), affine())
+    shares = []
+    for flips in (False, True):
+        label = nib.load(infer(tmp_path / "in", network=OneSided(), flips=flips) / "case_seg.nii.gz")
+        shares.append(np.mean(np.asarray(label.dataobj) == 1))
+    assert shares[0] == pytest.approx(0.5, abs=0.05) and shares[1] == 1
+
+
 def test_label_inferer_gives_the_plain_recipe_s_labels():
     """As MONAI's resize of the volume, SliceInferer, inverse of the resize, greatest class."""
     torch.manual_seed(0)
