@@ -36,7 +36,7 @@ from monai.transforms import (
     Pad,
     Randomizable,
 )
-from monai.utils import TraceKeys
+from monai.utils import TraceKeys, convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -376,7 +376,9 @@ class SliceDataset(Dataset, Randomizable):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         v, k = self._slice(index)
         volume = self.volumes[v]
-        return self.slice_transform({key: volume[key][k] for key in self.keys})
+        sample = self.slice_transform({key: volume[key][k] for key in self.keys})
+        # a MetaTensor costs each operation of the network a detour, and breaks the graph of a compiled one at each
+        return convert_to_tensor(sample, track_meta=False)
 
     def _slice(self, index: int) -> tuple[int, int]:
         if index < 0:

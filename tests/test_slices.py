@@ -327,6 +327,22 @@ def test_volume_transforms_run_once_and_slice_transforms_at_each_visit(volumes):
     assert calls == {"volume": 4, "slice": 36}
 
 
+def test_slices_are_plain_tensors_so_that_a_compiled_network_is_one_graph(volumes):
+    from monai.transforms import RandFlipd
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    network = torch.compile(FIAS(1, 2), backend=count)
+    batch = next(iter(DataLoader(SliceDataset(volumes, LOAD, [RandFlipd(["image", "label"], prob=1.0)]), batch_size=2)))
+    network(batch["image"].repeat(1, 1, 8, 8))
+    assert type(batch["image"]) is type(batch["label"]) is torch.Tensor
+    assert len(graphs) == 1
+
+
 def test_random_transforms_differ_between_visits_and_repeat_from_a_seed(volumes):
     from monai.transforms import RandScaleIntensityd
 
