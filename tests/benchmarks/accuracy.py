@@ -8,9 +8,9 @@ warm-up and cosine, larger batches, averaged weights, stronger augmentation, bfl
 network's place by ``network_def`` alone. Any other word is an override of both configs, such as ``--image_size 224``;
 one of training alone goes in by ``--train "{'batch_size': 8}"``.
 
-Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``; one that is there with its scores is not
-run again, and refused under other options, so a broken-off table is taken up by the same command. Time has the start-up
-and all validation in it. Scores are of ``model.pt``, the best epoch on the same validation cases: they compare networks
+Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``, which is refused under other options. The same
+command takes up a broken-off table: what has its scores is not run again, and a training goes on after its last whole
+epoch. Time has the start-up and all validation in it. Scores are of ``model.pt``, the best epoch on the same validation cases: they compare networks
 and recipes, and are no figures of a test set.
 """
 
@@ -82,6 +82,58 @@ def score(folder: Path) -> dict[str, float]:
     return {"mean dice": fmean(value for name, value in means.items() if "dice" in name), **means}
 
 
+def run(
+    root: Path, bundle: str, recipe: str, seed: int, epochs: int, train: dict[str, Any], both: dict[str, Any]
+) -> dict[str, float]:
+    """Train and evaluate one network, or take up what an earlier call left in ``root``.
+
+    Args:
+        root: the training's folder.
+        bundle: whose configs.
+        recipe: ``paper`` or ``modern``.
+        seed: of the training.
+        epochs: of the training.
+        train: overrides of the training alone.
+        both: overrides of training and evaluation.
+
+    Returns:
+        Its scores, minutes and slices per second.
+
+    Raises:
+        ValueError: when ``root`` was made by other options.
+        RuntimeError: when training or evaluation fails.
+    """
+    configs = ROOT / "bundles" / bundle / "configs"
+    recipes = {
+        "paper": [configs / "train.json"],
+        "modern": [configs / "train.json", Path(__file__).with_name("modern.json")],
+    }
+    file, last = root / "accuracy.json", root / "models" / "last.ckpt"
+    asked = json.loads(json.dumps({"epochs": epochs, "train": train, **both}, default=str))
+    state = json.loads(file.read_text()) if file.exists() else {"asked": asked, "seconds": 0.0}
+    if state["asked"] != asked:
+        raise ValueError(f"{root} was trained by other options: remove it, or name another output_dir.")
+    if "scores" in state:
+        return state["scores"]
+    root.mkdir(parents=True, exist_ok=True)
+    if last.exists():
+        state["seconds"] += max(0.0, last.stat().st_mtime - state["started"])
+    state["started"] = time.time()
+    file.write_text(json.dumps(state))
+    both = {"bundle_root": root, **both}
+    options = {"seed": seed, "epochs": epochs, **both, **train, "resume": last.exists()}
+    bundle_run("training", recipes[recipe], root / "training.log", **options)
+    seconds = state["seconds"] + time.time() - state["started"]
+    scoring = {"split": "validation", "metrics": ["hd95"], **both}
+    bundle_run("evaluating", [configs / "evaluate.json"], root / "evaluating.log", **scoring)
+    (slices,) = re.findall(r"(\d+) slices an epoch", (root / "training.log").read_text())
+    speed = {"minutes": seconds / 60, "slices/s": epochs * int(slices) / seconds}
+    state["scores"] = {**score(root / "eval"), **speed}
+    file.write_text(json.dumps(state))
+    last.unlink()
+    return state["scores"]
+
+
 def main(
     dataset_dir: str,
     bundle: str = "fias_acdc",
@@ -106,38 +158,12 @@ def main(
         train: overrides of the training alone.
         overrides: of training and evaluation.
     """
-    configs = ROOT / "bundles" / bundle / "configs"
-    paper = [configs / "train.json"]
-    recipes = {"paper": paper, "modern": [*paper, Path(__file__).with_name("modern.json")]}
     rows = []
     for name in chosen(networks):
         for seed in (seeds,) if isinstance(seeds, int) else seeds:
             root = Path(output_dir).resolve() / f"{bundle}_{recipe}_{name.replace(' ', '_')}_{seed}"
-            both = {
-                "bundle_root": root,
-                "dataset_dir": Path(dataset_dir).resolve(),
-                "network_def": NETWORKS[name],
-                **overrides,
-            }
-            done = root / "done.json"
-            asked = json.loads(json.dumps({"epochs": epochs, "train": train or {}, **overrides}, default=str))
-            if done.exists() and json.loads(done.read_text())["asked"] != asked:
-                raise ValueError(f"{root} was trained by other options: remove it, or name another output_dir.")
-            if not done.exists():
-                root.mkdir(parents=True, exist_ok=True)
-                start = time.perf_counter()
-                options = {"seed": seed, "epochs": epochs, **both, **(train or {})}
-                bundle_run("training", recipes[recipe], root / "training.log", **options)
-                seconds = time.perf_counter() - start
-                (slices,) = re.findall(r"(\d+) slices an epoch", (root / "training.log").read_text())
-                evaluate = configs / "evaluate.json"
-                scoring = {"split": "validation", "metrics": ["hd95"], **both}
-                bundle_run("evaluating", [evaluate], root / "evaluating.log", **scoring)
-                speed = {"minutes": seconds / 60, "slices/s": epochs * int(slices) / seconds}
-                (root / "models" / "last.ckpt").unlink()
-                done.write_text(json.dumps({"asked": asked, "scores": {**score(root / "eval"), **speed}}))
-            scores = json.loads(done.read_text())["scores"]
-            rows.append((name, str(seed), scores))
+            both = {"dataset_dir": Path(dataset_dir).resolve(), "network_def": NETWORKS[name], **overrides}
+            rows.append((name, str(seed), run(root, bundle, recipe, seed, epochs, train or {}, both)))
     columns = list(dict.fromkeys(key for *_, scores in rows for key in scores))
     cells = [[name, seed, *(f"{scores.get(key, float('nan')):.4g}" for key in columns)] for name, seed, scores in rows]
     print(f"\n{bundle}, {recipe} recipe, validation cases, from scratch\n")
