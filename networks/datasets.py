@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -241,7 +243,10 @@ def _folder(root: Path) -> Splits:
 
 
 def _datalist(root: Path) -> Splits:
-    """MONAI's form of the Decathlon's ``dataset.json``, with lists ``training``, ``validation`` and ``test``."""
+    """MONAI's form of the Decathlon's ``dataset.json``, with lists ``training``, ``validation`` and ``test``.
+
+    Images of one name, as in a folder per patient, are told apart by their folders.
+    """
     try:
         keys = json.loads(root.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -251,7 +256,12 @@ def _datalist(root: Path) -> Splits:
         entries = keys.get(key, []) if isinstance(keys, dict) else []
         if all(isinstance(entry, dict) and {"image", "label"} <= entry.keys() for entry in entries) and entries:
             loaded = load_decathlon_datalist(str(root), True, key, root.parent)
-            splits[split] = [{"id": _stem(Path(e["image"])), "image": e["image"], "label": e["label"]} for e in loaded]
+            splits[split] = [_case(Path(entry["image"]), Path(entry["label"])) for entry in loaded]
+    listed = [case for found in splits.values() for case in found]
+    names = Counter(stem for stem, _ in {(case["id"], case["image"]) for case in listed})
+    for case in listed:
+        if names[case["id"]] > 1:
+            case["id"] = f"{os.path.relpath(Path(case['image']).parent, root.parent)}/{case['id']}"
     return splits
 
 

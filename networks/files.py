@@ -229,8 +229,8 @@ class LabelMapWriter(NibabelWriter):
     """:class:`monai.data.NibabelWriter` for a label map that lies on its input in every reader.
 
     The input's NIfTI header is kept (sform, qform, spacing, units), whatever it says: ACDC's headers contradict
-    themselves, and readers differ in which part they believe. The map has the input's exact shape, a trailing
-    dimension of 1 included. Of a picture, the map is a PNG whose pixel values are the classes, shown in
+    themselves, and readers differ in which part they believe. The map has the input's exact shape but for channels, a
+    trailing dimension of 1 included. Of a picture, the map is a PNG whose pixel values are the classes, shown in
     :data:`networks.pictures.COLOURS`. It is written under a temporary name and renamed when whole. For an input of
     another format, MONAI's affine is written.
     """
@@ -249,7 +249,8 @@ class LabelMapWriter(NibabelWriter):
             source = nib.load(self.source) if self.source.endswith(VOLUMES) else None
             if isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
                 dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
-                data = np.asarray(self.data_obj).astype(dtype).reshape(source.shape)
+                data = np.asarray(self.data_obj).astype(dtype)
+                data = data.reshape(source.shape if math.prod(source.shape) == data.size else source.shape[:3])
                 image = type(source)(data, None, source.header)
                 image.set_data_dtype(dtype)
                 image.header["cal_min"] = image.header["cal_max"] = 0

@@ -110,6 +110,10 @@ class CaseMetric(CumulativeIterationMetric):
             ways = [get_surface_distance(a, b) for a, b in (edges, edges[::-1])]
             pooled = np.percentile(np.concatenate(ways), 95)
             return float(pooled if self.name == "hd95" else np.mean([way.mean() for way in ways]))
+        if 1 in truth.shape[1:] and truth.ndim == 4:  # a picture, or one slice: in 3D each voxel would be surface
+            axis = truth.shape.index(1, 1)
+            pred, truth = pred.select(axis, 0), truth.select(axis, 0)
+            spacing = spacing and [*spacing[: axis - 1], *spacing[axis:]]
         if self.name == "hd95":
             return compute_hausdorff_distance(pred[None], truth[None], True, percentile=95, spacing=spacing).item()
         return compute_average_surface_distance(pred[None], truth[None], True, symmetric=True, spacing=spacing).item()

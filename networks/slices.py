@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import CacheDataset, MetaTensor, PersistentDataset
+from monai.data.utils import pickle_hashing
 from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import (
     Compose,
@@ -79,7 +80,8 @@ class SliceOrientationd(MapTransform, InvertibleTransform):
     """Turn volumes so that slices lie along the last axis, in-plane axes towards right, anterior, superior.
 
     Slices are taken across the direction in which the volume is thick: an axis of one voxel, else the axis whose
-    spacing is at least ``thick`` times any other's, else the superior axis. For axial volumes this is
+    spacing is at least ``thick`` times any other's, else the superior axis. The first key's volume decides for all: an
+    image and its label are cut alike, whatever their headers' last digits say. For axial volumes this is
     ``Orientationd(axcodes="RAS")``. It differs where that would cut across the acquired slices: short-axis MR of a
     tilted heart, stored with its true oblique axes, has slices whose normal may be nearest to any of the three.
 
@@ -104,20 +106,24 @@ class SliceOrientationd(MapTransform, InvertibleTransform):
             return int(world[single[0]])
         spacing = np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0)
         order = np.argsort(spacing)
-        return int(world[order[2]]) if spacing[order[2]] >= self.thick * spacing[order[1]] else 2
+        thick = self.thick * (1 - 1e-3)  # oblique affines hold 1 x 1 x 1.5 mm to a few digits
+        return int(world[order[2]]) if spacing[order[2]] >= thick * spacing[order[1]] else 2
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        first = d[self.first_key(d)]
+        orientation = self.orientations[self.slice_axis(first.affine, first.shape[1:])]
         for key in self.key_iterator(d):
-            d[key] = self.orientations[self.slice_axis(d[key].affine, d[key].shape[1:])](d[key])
+            d[key] = orientation(d[key])
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        first = d[self.first_key(d)].applied_operations[-1]
+        affine, shape = first[TraceKeys.EXTRA_INFO]["original_affine"], first[TraceKeys.ORIG_SIZE]
+        orientation = self.orientations[self.slice_axis(affine, shape)]
         for key in self.key_iterator(d):
-            applied = d[key].applied_operations[-1]
-            affine, shape = applied[TraceKeys.EXTRA_INFO]["original_affine"], applied[TraceKeys.ORIG_SIZE]
-            d[key] = self.orientations[self.slice_axis(affine, shape)].inverse(d[key])
+            d[key] = orientation.inverse(d[key])
         return d
 
 
@@ -297,7 +303,15 @@ class VolumeDataset(CacheDataset):
 
 
 class _StoredVolumeDataset(PersistentDataset):
-    """One item per volume, kept on disk; errors name the file."""
+    """One item per volume, kept on disk until its files or the transforms change; errors name the file."""
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Compose, cache_dir: str | Path) -> None:
+        super().__init__(data, transform, cache_dir, hash_func=self._state, hash_transform=pickle_hashing)
+
+    @staticmethod
+    def _state(case: Mapping[str, Any]) -> bytes:
+        files = [Path(value) for value in case.values() if isinstance(value, (str, Path))]
+        return pickle_hashing({**case, "_changed": [file.stat().st_mtime_ns for file in files if file.exists()]})
 
     def _cachecheck(self, item_transformed: Any) -> Any:
         with _data_errors(item_transformed):

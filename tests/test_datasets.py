@@ -195,6 +195,17 @@ def test_a_decathlon_datalist_names_its_own_splits(tmp_path):
         cases("datalist", file, "train")
 
 
+def test_a_datalist_of_a_folder_per_patient_tells_images_of_one_name_apart(tmp_path):
+    file = tmp_path / "dataset.json"
+    entries = [{"image": f"p{n}/ct.nii.gz", "label": f"p{n}/seg.nii.gz"} for n in (1, 2, 3)]
+    touch(*(tmp_path / name for entry in entries for name in entry.values()))
+    file.write_text(json.dumps({"training": entries[:2], "test": entries[2:]}))
+    assert [c["id"] for c in cases("datalist", file, "train")] == ["p1/ct", "p2/ct"]
+    file.write_text(json.dumps({"training": entries[:2], "test": entries[1:]}))
+    with pytest.raises(DataError, match="p2/ct is there twice"):
+        cases("datalist", file, "train")
+
+
 def test_image_files_of_a_folder(tmp_path):
     folder = tmp_path / "patient001"
     touch(*(folder / f"patient001_{name}.nii.gz" for name in ("frame01", "frame01_gt", "frame12", "4d")))

@@ -101,6 +101,22 @@ def test_figures_are_monai_s_where_monai_has_one():
     }
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_distances_of_one_slice_are_those_of_its_outlines(axis):
+    """In 3D, each voxel of a slice would be surface, and what two discs share at no distance."""
+    x, y = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    discs = [(((x - 32) * 2) ** 2 + ((y - 32) * 3) ** 2 < r**2)[None] for r in (40, 60)]
+    spacing = [2.0, 3.0]
+    spacing.insert(axis, 8.0)
+    affine = torch.diag(torch.tensor([*spacing, 1.0]))
+    pred, truth = (MetaTensor(disc.unsqueeze(axis + 1).float(), affine=affine) for disc in discs)
+    both = [disc[None].float() for disc in discs]
+    found = scores("sound", pred, truth)
+    distance = HausdorffDistanceMetric(percentile=95)(*both, spacing=[2.0, 3.0]).item()
+    assert found["hd95"] == [pytest.approx(distance)] and 19 < distance < 23
+    assert found["asd"] == [pytest.approx(SurfaceDistanceMetric(symmetric=True)(*both, spacing=[2.0, 3.0]).item())]
+
+
 def test_the_papers_distances_pool_both_directions():
     rng = np.random.default_rng(1)
     pred, truth = (rng.random((12, 10, 6)) > 0.6 for _ in range(2))

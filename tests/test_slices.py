@@ -14,7 +14,7 @@ from conftest import random_heads
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, MetaTensor
 from monai.inferers import SliceInferer
-from monai.transforms import Invertd, LoadImage, Resized
+from monai.transforms import Compose, Invertd, LoadImage, Resized
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
@@ -114,6 +114,38 @@ def test_label_map_lies_on_its_image_however_it_is_stored(stored, infer, tmp_pat
     assert label.shape == image.shape and label.get_data_dtype() == np.uint8
     assert np.array_equal(label.affine, image.affine)
     assert np.mean(np.asarray(label.dataobj) == volume) > 0.97
+
+
+def test_a_label_is_cut_as_its_image_whatever_the_last_digits_of_its_header(tmp_path):
+    """Its place in the qform alone, 1 x 1 x 1.5 mm: just at the ratio that makes an axis the slice axis."""
+    volume = np.random.default_rng(0).integers(0, 4, (20, 20, 20)).astype(np.int16)
+    for n in range(20):
+        turn = np.random.default_rng(n).uniform(-0.5, 0.5, 3) + [0, 1.4, 0]
+        matrix = affine((1.0, 1.0, 1.5), turn)
+        image, label = (nib.Nifti1Image(volume, matrix) for _ in range(2))
+        label.set_qform(matrix, 1)
+        label.set_sform(None, 0)
+        for name, file in {"image": image, "label": label}.items():
+            nib.save(file, tmp_path / f"{name}.nii")
+        prepare = Compose([LoadVolumed(["image", "label"]), SliceOrientationd(["image", "label"])])
+        found = prepare({name: str(tmp_path / f"{name}.nii") for name in ("image", "label")})
+        assert torch.equal(found["image"].as_tensor(), found["label"].as_tensor().float())
+        assert SliceOrientationd("image").slice_axis(torch.tensor(matrix), volume.shape) == 0
+        back = prepare.transforms[1].inverse(found)
+        assert np.array_equal(back["image"][0], volume) and np.array_equal(back["label"][0], volume)
+
+
+def test_volumes_of_several_channels_get_one_label_map_each(infer, tmp_path):
+    class First(ByIntensity):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, :1])
+
+    volume = np.stack([anatomy(), anatomy()[::-1]], -1)
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "case.nii.gz", volume, affine())
+    label = nib.load(infer(tmp_path / "in", in_channels=2, network=First()) / "case_seg.nii.gz")
+    assert label.shape == volume.shape[:3] and np.allclose(label.affine, affine())
+    assert np.mean(np.asarray(label.dataobj) == anatomy()) > 0.97
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -307,6 +339,16 @@ def test_every_slice_once_an_epoch_shuffled(volumes, workers, stored, tmp_path):
     assert first != second
     item = dataset[0]
     assert item["image"].shape == item["label"].shape == (1, 8, 8)
+
+
+def test_what_is_stored_is_made_anew_when_files_or_transforms_change(volumes, tmp_path):
+    def first(size: int) -> Tensor:
+        return SliceDataset(volumes, [*LOAD, Resized(["image", "label"], (size, size, -1))], cache_dir=tmp_path)[0]
+
+    assert [first(size)["image"].shape[-1] for size in (8, 16, 8)] == [8, 16, 8]
+    before, file = first(8)["image"], nib.load(volumes[0]["image"])
+    nib.save(nib.Nifti1Image(np.asarray(file.dataobj) + 7, file.affine), volumes[0]["image"])
+    assert torch.equal(first(8)["image"], before + 7)
 
 
 def test_volume_transforms_run_once_and_slice_transforms_at_each_visit(volumes):
