@@ -17,7 +17,8 @@ A release holds the bundle's configs, docs and licence, its weights where there 
 the code that it needs: ``scripts`` is the one module name that MONAI Label unloads between bundles, so bundles of two
 releases serve side by side, each with its own code. The configs' ``networks.`` becomes ``scripts.networks.``.
 
-Where there are weights, training goes on from them: ``start_from`` names them, and no other pretrained weights are
+Where there are weights, the values that they were trained with, by ``model.json`` beside them, are those of the
+release's configs, and training goes on from them: ``start_from`` names them, and no other pretrained weights are
 fetched. MONAI Label, which trains without asking for more, can so train offline.
 """
 
@@ -45,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 from networks import DataError, explain_errors, load_weights  # noqa: E402
 from networks.files import whole_file  # noqa: E402
+from networks.runs import differences  # noqa: E402
 from networks.weights import read_weights  # noqa: E402
 
 
@@ -81,8 +83,8 @@ def release(
 
     Raises:
         DataError: when the metadata does not follow the schema, its version is not in its changelog, a set value is in
-            no config, a weight is too large for half precision, the network does not give what the metadata says, or
-            the weights do not fit it.
+            no config or is not what the weights were trained with, a weight is too large for half precision, the
+            network does not give what the metadata says, or the weights do not fit it.
     """
     if bundle == "all":
         if name or set or weights:
@@ -141,6 +143,12 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
             state = {k: _halved(k, v) if v.is_floating_point() else v for k, v in state.items()}
         torch.save(state, flat)
         files["models/model.pt"] = flat.getvalue()
+        if (seen := model.with_suffix(".json")).is_file():
+            files["models/model.json"] = seen.read_bytes()
+            trained = json.loads(files["models/model.json"])
+            if other := differences(trained, values):
+                raise DataError(f"{model} was trained with {other}: set cannot be otherwise.")
+            values = {**trained, **values}
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):
         text = config.read_text(encoding="utf-8")
@@ -148,12 +156,10 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
             # the overlays of a device, such as TensorRT's, hold some of these to what it needs
             for key, value in values.items() if config.stem in ("train", "evaluate", "inference") else ():
-                line = f'    "{key}": {json.dumps(value)}'
-                pattern = rf'^    "{re.escape(key)}": .*?(,?)$'
-                match = re.search(pattern, text, re.M)
-                if match:
-                    text = text[: match.start()] + line + match[1] + text[match.end() :]
-                baked[key] = baked.get(key, True) or match is not None
+                if match := re.search(rf'^    "{re.escape(key)}": ', text, re.M):
+                    usual, end = json.JSONDecoder().raw_decode(text, match.end())
+                    text = text if usual == value else text[: match.end()] + json.dumps(value) + text[end:]
+                    baked[key] = True
             text = text.replace('"networks.', '"scripts.networks.')
             text = text.replace('"$import networks"', '"$import scripts.networks as networks"')
         files[f"configs/{config.name}"] = text.encode("utf-8")
@@ -163,9 +169,6 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
     files["scripts/__init__.py"] = b""
     for module in sorted((ROOT / "networks").glob("*.py")):
         files[f"scripts/networks/{module.name}"] = module.read_bytes()
-    for path, content in files.items():
-        if path.endswith(".json"):
-            _parse(path, content)
     if (source / "large_files.yml").is_file():
         files["large_files.yml"] = (source / "large_files.yml").read_bytes()
     return files
@@ -178,13 +181,6 @@ def _halved(name: str, tensor: torch.Tensor) -> torch.Tensor:
             f"{name} holds values that half precision does not: {float(tensor.abs().max()):g}. Release it whole."
         )
     return half
-
-
-def _parse(path: str, content: bytes) -> None:
-    try:
-        json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON any more: set takes values of one line. ({error})") from error
 
 
 def _unpack(files: dict[str, bytes], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import DataError
 from .files import whole_file, write_csv
+from .runs import differences, network_values
 from .weights import load_state_dict, read_tensors
 
 __all__ = ["Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "WholeOutput", "read_history"]
@@ -62,16 +64,17 @@ class EpochSeed:
 class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
-    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, and ``last.ckpt`` all
+    After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, ``model.json`` the
+    values of the bundle's config that it was trained for (:func:`networks.runs.network_values`), and ``last.ckpt`` all
     that training goes on from: network, averaged network, optimiser, gradient scaler, schedule, epoch, best score. (Of
     every file ``*.pt`` there, MONAI Label would offer the shortest name first as a model.) MONAI's ``CheckpointSaver``
     removes the old best file before it writes the new one and forgets the best score at a restart.
 
     With :class:`EpochSeed`, a training killed at any moment and resumed ends as an unbroken one: on a CPU with as many
-    threads bit for bit. A new training keeps the ``model.pt`` that it finds as ``model.pt.previous``.
+    threads bit for bit. A new training keeps the ``model.pt`` and ``model.json`` that it finds as ``.previous``.
 
     Args:
-        directory: folder of both files.
+        directory: folder of the files.
         network: the network in training.
         optimizer: its optimiser.
         evaluator: the validation engine, whose key metric decides.
@@ -84,7 +87,8 @@ class Checkpoints:
     Raises:
         DataError: when the evaluator validates another network than is saved, or ``resume`` is no truth value: on a
             command line, ``false`` is a text, and texts are true. At the start of a resumed training, when
-            ``last.ckpt`` is unreadable, of another network, of other data, or of a training by other config files.
+            ``last.ckpt`` is unreadable, of another network, of other data, or of a training by other config files,
+            values, learning rate or weight decay.
         FileNotFoundError: at the start of a resumed training without ``last.ckpt``.
     """
 
@@ -128,12 +132,12 @@ class Checkpoints:
                 partial.unlink()
 
     def keep_previous(self, trainer: Trainer) -> None:
-        """Copy the ``model.pt`` of an earlier training to ``model.pt.previous``."""
-        model = self.directory / "model.pt"
-        if trainer.state.rank == 0 and model.is_file():
-            with whole_file(model.with_name("model.pt.previous")) as name:
-                shutil.copyfile(model, name)
-            logger.warning(f"{model} of an earlier training will be replaced: a copy is {model}.previous.")
+        """Copy ``model.pt`` and ``model.json`` of an earlier training to ``.previous``."""
+        for file in (self.directory / "model.pt", self.directory / "model.json"):
+            if trainer.state.rank == 0 and file.is_file():
+                with whole_file(Path(f"{file}.previous")) as name:
+                    shutil.copyfile(file, name)
+                logger.warning(f"{file} of an earlier training will be replaced: a copy is {file}.previous.")
 
     def ensure(self, trainer: Trainer) -> None:
         """Write ``model.pt`` at the end of a training that was too short to be validated, or had nothing to score."""
@@ -154,6 +158,7 @@ class Checkpoints:
             "optimizer": self.optimizer.state_dict(),
             "trainer": trainer.state_dict(),
             "best": {"best_metric": float(best.best_metric), "best_metric_epoch": int(best.best_metric_epoch)},
+            "values": network_values(),
         }
         if trainer.scaler is not None:
             state["scaler"] = trainer.scaler.state_dict()
@@ -177,6 +182,8 @@ class Checkpoints:
                 f"{path} comes from a training of {state['trainer']['epoch_length']} batches an epoch, this one has "
                 f"{length}. Resume with the same data and batch_size, or start anew from its weights with --start_from."
             )
+        if other := differences(state.get("values", {}), network_values()):
+            raise DataError(f"{path} comes from a training with other values. Resume with {other}.")
         for name, present in {"averaged": self.averaged is not None, "schedule": self.schedule is not None}.items():
             if (name in state) != present:
                 raise DataError(
@@ -186,6 +193,12 @@ class Checkpoints:
         load_state_dict(self.network, state["network"], source=str(path))
         for group, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             group["fused"] = own.get("fused")  # how, not what: the gradient scaler asked this optimiser
+            for name in ("lr" if self.schedule is None else "initial_lr", "weight_decay"):
+                if own.get(name) != group.get(name):
+                    raise DataError(
+                        f"{path} comes from a training with {name} {group.get(name)}, this one has {own.get(name)}. "
+                        "Resume with the same, or start anew from its weights with --start_from."
+                    )
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.load_state_dict(state["trainer"])
         trainer.state.max_epochs = epochs
@@ -207,6 +220,8 @@ class Checkpoints:
         # From the CPU: exports and MONAI Label load it without saying where to, on machines without a GPU too.
         network = self.network if self.averaged is None else self.averaged
         self._write("model.pt", {name: tensor.cpu() for name, tensor in network.state_dict().items()})
+        with whole_file(self.directory / "model.json") as partial:
+            Path(partial).write_text(json.dumps(network_values(), indent=4) + "\n", encoding="utf-8")
 
     def _write(self, name: str, state: Any) -> None:
         with whole_file(self.directory / name) as partial, open(partial, "wb") as file:

@@ -20,17 +20,22 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from .errors import DataError
 from .files import whole_file
 
-__all__ = ["check_config", "record_run"]
+__all__ = ["check_config", "differences", "network_values", "record_run"]
+
+NETWORK_VALUES = ("in_channels", "num_classes", "size", "image_size", "field_of_view", "intensity")
+"""What weights are trained for: the network and what it sees. Evaluation and inference need the same."""
 
 
 def check_config() -> None:
     """Refuse a value that the running bundle was given under a name or of a type that it does not know.
 
     MONAI's runner takes any: ``--epoch 5`` would train for 300. Known is what one of the files beside the config
-    names, or anything refers to, or MONAI adds of its own accord.
+    names, or anything refers to, or MONAI adds of its own accord. In evaluation and inference, :func:`network_values`
+    are refused too where they are not those that ``model.json`` beside the weights names: most networks would run,
+    and segment badly.
 
     Raises:
-        DataError: naming the value and the nearest known name, or the expected type.
+        DataError: naming the value and the nearest known name, the expected type, or the weights' value.
     """
     workflow = _workflow()
     if workflow is None:
@@ -49,6 +54,34 @@ def check_config() -> None:
         elif known and name not in used and not name.startswith("_"):
             near = get_close_matches(name, known, 1)
             raise DataError(f"This bundle has no value {name}.{f' Is it {near[0]}?' if near else ''}")
+    file = Path(str(workflow.parser.get_parsed_content("ckpt_dir", default="."))) / "model.json"
+    if {"evaluating", "inferring"} & config.keys() and file.is_file():
+        trained = json.loads(file.read_text(encoding="utf-8"))
+        if other := differences(trained, network_values()):
+            raise DataError(
+                f"{file.with_suffix('.pt')} was trained with other values than this run has. Add {other}"
+                f" (or remove {file}, to use it otherwise)."
+            )
+
+
+def network_values() -> dict[str, Any]:
+    """Of the running bundle's config, the values that weights are trained for; none where no bundle is running."""
+    workflow = _workflow()
+    config = {} if workflow is None else workflow.parser.get()
+    return json.loads(json.dumps({name: config[name] for name in NETWORK_VALUES if name in config}, default=str))
+
+
+def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Options of a command line that would make some values those wanted; empty where they are.
+
+    Args:
+        wanted: values by name.
+        found: values by name; of one that is absent, nothing is wanted.
+    """
+    other = {name: value for name, value in wanted.items() if name in found and found[name] != value}
+    return " ".join(
+        f'--{name} "{value}"' if isinstance(value, dict) else f"--{name} {value}" for name, value in other.items()
+    )
 
 
 def _check_type(name: str, value: Any, usual: Any) -> None:

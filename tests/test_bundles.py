@@ -96,6 +96,7 @@ def one_case(data, pictures, tmp_path_factory) -> Path:
 def test_training_leaves_checkpoints_history_and_events(trained):
     state = torch.load(trained / "models" / "model.pt", weights_only=True)
     assert all(isinstance(v, torch.Tensor) for v in state.values())  # flat: MONAI Label and CheckpointLoader read it
+    assert json.loads((trained / "models" / "model.json").read_text())["image_size"] == 32
     last = torch.load(trained / "models" / "last.ckpt", weights_only=True)
     assert last["trainer"]["iteration"] == last["trainer"]["epoch_length"] > 0
     assert list((trained / "eval").glob("events.*"))
@@ -219,6 +220,26 @@ def test_your_own_data_trains_by_overrides_from_another_checkpoint(name, trained
     listed = {**own, "dataset_dir": datalist, "layout": "datalist"}
     run_bundle("evaluating", f"{configs}/evaluate.json", **listed, **quick(name))
     assert "case5" in (tmp_path / "root" / "eval" / "cases.csv").read_text()
+
+
+@of_volumes
+def test_other_values_than_the_training_s_are_refused(name, trained, configs, data, run_bundle, tmp_path):
+    shutil.copytree(trained / "models", tmp_path / "models")
+    options = {"bundle_root": tmp_path, "dataset_dir": data, **quick(name)}
+    other = {
+        "Resume with --image_size 32.": {"image_size": 64},
+        "with lr 0.0001, this one has 0.01.": {"learning_rate": 0.01},
+        "with weight_decay 0.0001, this one has 0.": {"weight_decay": 0},
+    }
+    for message, value in other.items():
+        values = {**options, "epochs": 2, "resume": True, "pretrained": False, **value}
+        result = run_bundle("training", f"{configs}/train.json", check=False, **values)
+        assert result.returncode == 1 and message in result.stdout
+    usual = "Add --field_of_view None --intensity \"{'_target_': 'ScaleIntensityd', 'keys': 'image'}\" (or remove"
+    for run_id, file in {"evaluating": "evaluate", "inferring": "inference"}.items():
+        values = {"field_of_view": 50, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
+        result = run_bundle(run_id, f"{configs}/{file}.json", check=False, **{**options, **values})
+        assert result.returncode == 1 and usual in result.stdout
 
 
 @samples

@@ -208,10 +208,28 @@ def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
     assert train["pretrained"] is True and train["start_from"] == ""  # no weights: as the bundle itself
 
 
+def test_weights_are_released_with_the_values_they_were_trained_with(weights, schema, phantoms, tmp_path):
+    values = {"image_size": 64, "field_of_view": 90, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
+    shutil.copy(weights, tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text(json.dumps({"in_channels": 1, "num_classes": 4, **values}))
+    script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt"), schema=str(schema))
+    extractall(tmp_path / "fias_acdc_v0.1.0.zip", tmp_path)
+    for config in ("train", "evaluate", "inference"):
+        assert values.items() <= json.loads((tmp_path / "fias_acdc" / "configs" / f"{config}.json").read_text()).items()
+    command = ["-m", "monai.bundle", "run", "inferring", "--config_file", "configs/inference.json"]
+    options = {"cwd": tmp_path / "fias_acdc", "path": "", "check": False}
+    result = run(*command, "--dataset_dir", str(phantoms("acdc")), "--image_size", "96", **options)
+    assert "model.pt was trained with other values than this run has. Add --image_size 64 (or remove" in result.stdout
+    assert result.returncode == 1 and not list((tmp_path / "fias_acdc" / "eval").glob("*_seg*"))
+
+
 def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
     large = torch.load(weights, weights_only=True)
     large[next(iter(large))].fill_(1e5)
     torch.save(large, tmp_path / "large.pt")
+    trained = tmp_path / "trained.pt"
+    shutil.copy(weights, trained)
+    trained.with_suffix(".json").write_text(json.dumps({"image_size": 128}))
     strict = tmp_path / "strict.json"
     strict.write_text(json.dumps({"type": "object", "required": ["colour"]}))
     wrong = {
@@ -219,7 +237,7 @@ def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
         "No bundle in": ["none_acdc", {}],
         "MONAI takes what follows '_v' for the version": ["fias_acdc", {"name": "fias_vessel"}],
         "has the value colour": ["fias_acdc", {"set": {"colour": 1}}],
-        "set takes values of one line": ["fias_acdc", {"set": {"loss": 1}}],
+        "was trained with --image_size 128": ["fias_acdc", {"weights": str(trained), "set": {"image_size": 64}}],
         "belong to one bundle": ["all", {"name": "other"}],
         "holds values that half precision does not: 100000": [
             "fias_acdc",
