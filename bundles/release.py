@@ -70,7 +70,8 @@ def release(
         output_dir: where the zip goes.
         name: the release's own name, for one with overrides.
         set: values of the configs to bake in, such as ``{'size': 'small'}``; an id that a config lacks is left out.
-        weights: ``model.pt`` to ship; by default the bundle's own, and none where there is none.
+        weights: file to ship as ``model.pt``; by default the bundle's ``models/model.pt``, which training leaves, else
+            ``models/pretrained.pt``, with which some bundles come, else none.
         url: address of the folder where the zip will lie, for ``model_info.json``.
         weights_url: address of the folder where the weights will lie, when a zip with them is too large: they are
             written beside the zip as ``NAME_vVERSION.pt``, and ``large_files.yml`` in it names address and checksum for
@@ -132,7 +133,8 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
     files = {str(p.relative_to(source)): p.read_bytes() for p in sorted((source / "docs").glob("*"))}
     files["docs/guide.md"] = (ROOT / "bundles" / "README.md").read_bytes()
     files["LICENSE"] = (source / "LICENSE").read_bytes()
-    model = Path(weights) if weights else source / "models" / "model.pt"
+    places = [Path(weights)] if weights else [source / "models" / f"{name}.pt" for name in ("model", "pretrained")]
+    model = next((place for place in places if place.is_file()), places[-1])
     if weights and not model.is_file():
         raise FileNotFoundError(f"No weights at {model}.")
     baked = dict.fromkeys(values, False)

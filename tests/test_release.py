@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
 import io
 import json
+import os
 import shutil
 import threading
 import zipfile
@@ -28,6 +30,10 @@ from networks import FIAS, DataError
 spec = importlib.util.spec_from_file_location("release", ROOT / "bundles" / "release.py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
+
+METADATA = json.loads((ROOT / "bundles" / "fias_acdc" / "configs" / "metadata.json").read_text())
+FIAS_ACDC = f"fias_acdc_v{METADATA['version']}"
+PRETRAINED = [file.parents[1].name for file in sorted((ROOT / "bundles").glob("*/models/pretrained.pt"))]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,7 @@ def published(server, weights, schema) -> tuple[str, Path, str]:
 
 def test_a_release_holds_what_it_needs_and_nothing_else(published):
     url, folder, printed = published
-    with zipfile.ZipFile(folder / "fias_acdc_v0.1.0.zip") as archive:
+    with zipfile.ZipFile(folder / f"{FIAS_ACDC}.zip") as archive:
         names = archive.namelist()
         configs = {Path(n).stem: archive.read(n).decode() for n in names if n.endswith(".json")}
         shipped = torch.load(io.BytesIO(archive.read("fias_acdc/models/model.pt")), weights_only=True)
@@ -89,15 +95,15 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published):
     assert not any('"networks.' in c or '"$import networks"' in c for c in configs.values())
     train = json.loads(configs["train"])
     assert train["start_from"] == "$@bundle_root + '/models/model.pt'" and train["pretrained"] is False
-    info = json.loads((folder / "models" / "model_info.json").read_text())["fias_acdc_v0.1.0"]
-    assert info["source"] == f"{url}/fias_acdc_v0.1.0.zip" and len(info["checksum"]) == 40
-    assert hashlib.sha256((folder / "fias_acdc_v0.1.0.zip").read_bytes()).hexdigest() in printed
+    info = json.loads((folder / "models" / "model_info.json").read_text())[FIAS_ACDC]
+    assert info["source"] == f"{url}/{FIAS_ACDC}.zip" and len(info["checksum"]) == 40
+    assert hashlib.sha256((folder / f"{FIAS_ACDC}.zip").read_bytes()).hexdigest() in printed
     assert "metadata is verified with no error" in printed
 
 
 def test_the_same_input_gives_the_same_bytes(published, release, tmp_path):
     release(tmp_path)
-    first, second = (folder / "fias_acdc_v0.1.0.zip" for folder in (published[1], tmp_path))
+    first, second = (folder / f"{FIAS_ACDC}.zip" for folder in (published[1], tmp_path))
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -110,7 +116,7 @@ def test_a_download_trains_evaluates_infers_and_loads_without_this_repository(pu
     def alone(*command: str, cwd: Path = tmp_path / "fias_acdc") -> str:
         return run(*command, cwd=cwd, path=poison).stdout
 
-    url = f"{published[0]}/fias_acdc_v0.1.0.zip"
+    url = f"{published[0]}/{FIAS_ACDC}.zip"
     where = ["--url", url, "--bundle_dir", "."]
     alone("-m", "monai.bundle", "download", "--name", "fias_acdc", *where, cwd=tmp_path)
     bundle, data = tmp_path / "fias_acdc", phantoms("acdc")
@@ -163,7 +169,7 @@ def test_github_s_layout_is_what_monai_reads(published, tmp_path, monkeypatch):
     index, asset = folder / "owner/repo/v1/models", folder / "owner/repo/releases/download/v1"
     shutil.copytree(folder / "models", index)
     asset.mkdir(parents=True)
-    shutil.copy(folder / "fias_acdc_v0.1.0.zip", asset)
+    shutil.copy(folder / f"{FIAS_ACDC}.zip", asset)
 
     def local(address: str) -> str:
         return address.replace("https://raw.githubusercontent.com", url).replace("https://github.com", url)
@@ -179,11 +185,11 @@ def test_github_s_layout_is_what_monai_reads(published, tmp_path, monkeypatch):
 def test_weights_elsewhere_are_fetched_and_checked_by_monai(release, server, weights, tmp_path, monkeypatch):
     url, folder = server
     release(folder / "large", weights_url=f"{url}/large")
-    with zipfile.ZipFile(folder / "large" / "fias_acdc_v0.1.0.zip") as archive:
+    with zipfile.ZipFile(folder / "large" / f"{FIAS_ACDC}.zip") as archive:
         assert not any("model.pt" in name for name in archive.namelist())
         archive.extractall(tmp_path)
     model = tmp_path / "fias_acdc" / "models" / "model.pt"
-    stored = folder / "large" / "fias_acdc_v0.1.0.pt"
+    stored = folder / "large" / f"{FIAS_ACDC}.pt"
     good = stored.read_bytes()
     stored.write_bytes(good[:-1] + b"x")
     with pytest.raises(HashCheckError):
@@ -213,7 +219,7 @@ def test_weights_are_released_with_the_values_they_were_trained_with(weights, sc
     shutil.copy(weights, tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(json.dumps({"in_channels": 1, "num_classes": 4, **values}))
     script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt"), schema=str(schema))
-    extractall(tmp_path / "fias_acdc_v0.1.0.zip", tmp_path)
+    extractall(tmp_path / f"{FIAS_ACDC}.zip", tmp_path)
     for config in ("train", "evaluate", "inference"):
         assert values.items() <= json.loads((tmp_path / "fias_acdc" / "configs" / f"{config}.json").read_text()).items()
     command = ["-m", "monai.bundle", "run", "inferring", "--config_file", "configs/inference.json"]
@@ -221,6 +227,40 @@ def test_weights_are_released_with_the_values_they_were_trained_with(weights, sc
     result = run(*command, "--dataset_dir", str(phantoms("acdc")), "--image_size", "96", **options)
     assert "model.pt was trained with other values than this run has. Add --image_size 64 (or remove" in result.stdout
     assert result.returncode == 1 and not list((tmp_path / "fias_acdc" / "eval").glob("*_seg*"))
+
+
+@pytest.fixture(scope="module", params=PRETRAINED)
+def pretrained(request, schema, tmp_path_factory) -> Path:
+    """A bundle with the weights that it comes with, released and unpacked."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    weights = ROOT / "bundles" / request.param / "models" / "pretrained.pt"
+    extractall(script.release(request.param, str(folder), weights=str(weights), schema=str(schema)), folder)
+    return folder / request.param
+
+
+def test_pretrained_weights_are_what_the_docs_say(pretrained):
+    file = ROOT / "bundles" / pretrained.name / "models" / "pretrained.pt"
+    own, shipped = (torch.load(f, weights_only=True) for f in (file, pretrained / "models" / "model.pt"))
+    assert own.keys() == shipped.keys() and all(torch.equal(shipped[name], tensor) for name, tensor in own.items())
+    assert file.stat().st_size < 100e6 and json.loads(file.with_suffix(".json").read_text())["image_size"]
+    docs = (pretrained / "docs" / "README.md").read_text()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in docs
+    for name, value in json.loads((pretrained / "configs" / "metadata.json").read_text())["eval_metrics"].items():
+        assert "dice" not in name or f"{100 * value:.2f}" in docs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ACDC_DIR" not in os.environ, reason="needs the dataset: name its folder in ACDC_DIR")
+def test_a_released_bundle_gives_the_figures_of_its_docs(pretrained):
+    """Validation Dice of each structure, on a CPU, to 0.001."""
+    data = ["--dataset_dir", str(Path(os.environ["ACDC_DIR"]).resolve()), "--split", "validation", "--device", "cpu"]
+    command = ["-m", "monai.bundle", "run", "evaluating", "--config_file", "configs/evaluate.json"]
+    run(*command, *data, cwd=pretrained, path="")
+    with (pretrained / "eval" / "cases.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    dice = {name.replace(" ", "_"): np.mean([float(row[name]) for row in rows]) for name in rows[0] if "dice" in name}
+    claimed = json.loads((pretrained / "configs" / "metadata.json").read_text())["eval_metrics"]
+    assert {"mean_dice": np.mean([*dice.values()]), **dice} == pytest.approx(claimed, abs=0.001)
 
 
 def test_what_must_not_be_released_is_refused(weights, schema, tmp_path):
