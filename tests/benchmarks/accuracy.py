@@ -117,6 +117,8 @@ def run(
         return state["scores"]
     root.mkdir(parents=True, exist_ok=True)
     if last.exists():
+        if "started" not in state:
+            raise ValueError(f"{root} holds a training of unknown options: remove it, or name another output_dir.")
         state["seconds"] += max(0.0, last.stat().st_mtime - state["started"])
     state["started"] = time.time()
     file.write_text(json.dumps(state))
