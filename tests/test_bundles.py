@@ -228,7 +228,6 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
     options = {"bundle_root": tmp_path, "dataset_dir": data, **quick(name)}
     other = {
         "Resume with --image_size 32.": {"image_size": 64},
-        "with lr 0.0001, this one has 0.01.": {"learning_rate": 0.01},
         "with weight_decay 0.0001, this one has 0.": {"weight_decay": 0},
     }
     for message, value in other.items():
@@ -236,10 +235,9 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
         result = run_bundle("training", f"{configs}/train.json", check=False, **values)
         assert result.returncode == 1 and message in result.stdout
     usual = "Add --field_of_view None --intensity \"{'_target_': 'ScaleIntensityd', 'keys': 'image'}\" (or remove"
-    for run_id, file in {"evaluating": "evaluate", "inferring": "inference"}.items():
-        values = {"field_of_view": 50, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
-        result = run_bundle(run_id, f"{configs}/{file}.json", check=False, **{**options, **values})
-        assert result.returncode == 1 and usual in result.stdout
+    values = {"field_of_view": 50, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
+    result = run_bundle("inferring", f"{configs}/inference.json", check=False, **options, **values)
+    assert result.returncode == 1 and usual in result.stdout
 
 
 @samples
@@ -431,8 +429,9 @@ def test_wrong_weights_end_in_one_sentence(name, trained, configs, data, run_bun
     arguments = {"dataset_dir": data, **quick(name)}
     absent = run_bundle("evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=tmp_path, **arguments)
     assert absent.returncode == 1 and "Error: No weights at" in absent.stdout and "Train them" in absent.stdout
+    shutil.copy(trained / "models" / "model.pt", tmp_path)  # without model.json, which would name the value
     other = run_bundle(
-        "evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=trained / "models", num_classes=9, **arguments
+        "evaluating", f"{configs}/evaluate.json", check=False, ckpt_dir=tmp_path, num_classes=9, **arguments
     )
     assert other.returncode == 1
     assert re.search(r"heads.convs.0.weight is \[\d, .* in the file, \[9, .* in the network", other.stdout)

@@ -243,7 +243,7 @@ def test_pretrained_weights_are_what_the_docs_say(pretrained):
     own, shipped = (torch.load(f, weights_only=True) for f in (file, pretrained / "models" / "model.pt"))
     assert own.keys() == shipped.keys() and all(torch.equal(shipped[name], tensor) for name, tensor in own.items())
     assert file.stat().st_size < 100e6 and json.loads(file.with_suffix(".json").read_text())["image_size"]
-    docs = (pretrained / "docs" / "README.md").read_text()
+    docs = (pretrained / "docs" / "README.md").read_text(encoding="utf-8")
     assert hashlib.sha256(file.read_bytes()).hexdigest() in docs
     for name, value in json.loads((pretrained / "configs" / "metadata.json").read_text())["eval_metrics"].items():
         assert "dice" not in name or f"{100 * value:.2f}" in docs
