@@ -31,30 +31,34 @@ from measure import chosen, table
 
 ROOT = Path(__file__).parents[2]
 ENDS = {"in_channels": "@in_channels", "out_channels": "@num_classes"}
-DANIE = {"_target_": "networks.DANIE", **ENDS, "img_size": "@image_size"}
-NETWORKS: dict[str, dict[str, Any]] = {
-    "FIAS": {"_target_": "networks.FIAS", **ENDS},
-    "DANIE-S": {**DANIE, "size": "small"},
-    "DANIE-L": {**DANIE, "size": "large"},
-    "DANIE-S deep": {**DANIE, "size": "small", "deep_supervision": True},
+DANIE = {"_target_": "networks.DANIE", **ENDS, "size": "@size", "img_size": "@image_size"}
+NETWORKS: dict[str, dict[str, Any]] = {  # what each overrides; size is a value, so that model.json has it
+    "FIAS": {"network_def": {"_target_": "networks.FIAS", **ENDS}},
+    "DANIE-S": {"network_def": DANIE, "size": "small"},
+    "DANIE-L": {"network_def": DANIE, "size": "large"},
+    "DANIE-S deep": {"network_def": {**DANIE, "deep_supervision": True}, "size": "small"},
     "DynUNet": {  # nnU-Net's 2D plan for slices of 256 x 256
-        "_target_": "DynUNet",
-        "spatial_dims": 2,
-        **ENDS,
-        "kernel_size": [3] * 7,
-        "strides": [1] + [2] * 6,
-        "upsample_kernel_size": [2] * 6,
-        "filters": [32, 64, 128, 256, 512, 512, 512],
-        "norm_name": "instance",
+        "network_def": {
+            "_target_": "DynUNet",
+            "spatial_dims": 2,
+            **ENDS,
+            "kernel_size": [3] * 7,
+            "strides": [1] + [2] * 6,
+            "upsample_kernel_size": [2] * 6,
+            "filters": [32, 64, 128, 256, 512, 512, 512],
+            "norm_name": "instance",
+        }
     },
     "AttentionUnet": {
-        "_target_": "AttentionUnet",
-        "spatial_dims": 2,
-        **ENDS,
-        "channels": [32, 64, 128, 256, 512],
-        "strides": [2, 2, 2, 2],
+        "network_def": {
+            "_target_": "AttentionUnet",
+            "spatial_dims": 2,
+            **ENDS,
+            "channels": [32, 64, 128, 256, 512],
+            "strides": [2, 2, 2, 2],
+        }
     },
-    "SwinUNETR": {"_target_": "SwinUNETR", "spatial_dims": 2, **ENDS, "feature_size": 48},
+    "SwinUNETR": {"network_def": {"_target_": "SwinUNETR", "spatial_dims": 2, **ENDS, "feature_size": 48}},
 }
 
 
@@ -164,7 +168,7 @@ def main(
     for name in chosen(networks):
         for seed in (seeds,) if isinstance(seeds, int) else seeds:
             root = Path(output_dir).resolve() / f"{bundle}_{recipe}_{name.replace(' ', '_')}_{seed}"
-            both = {"dataset_dir": Path(dataset_dir).resolve(), "network_def": NETWORKS[name], **overrides}
+            both = {"dataset_dir": Path(dataset_dir).resolve(), **NETWORKS[name], **overrides}
             rows.append((name, str(seed), run(root, bundle, recipe, seed, epochs, train or {}, both)))
     columns = list(dict.fromkeys(key for *_, scores in rows for key in scores))
     cells = [[name, seed, *(f"{scores.get(key, float('nan')):.4g}" for key in columns)] for name, seed, scores in rows]
