@@ -145,12 +145,14 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
             state = {k: _halved(k, v) if v.is_floating_point() else v for k, v in state.items()}
         torch.save(state, flat)
         files["models/model.pt"] = flat.getvalue()
-        if (seen := model.with_suffix(".json")).is_file():
+        if (seen := Path(re.sub(r"\.(pt|safetensors)(?=(\.previous)?$)", ".json", str(model)))).is_file():
             files["models/model.json"] = seen.read_bytes()
             trained = json.loads(files["models/model.json"])
             if other := differences(trained, values):
                 raise DataError(f"{model} was trained with {other}: set cannot be otherwise.")
             values = {**trained, **values}
+        else:
+            print(f"No {seen}: the release has the config's own values, whatever {model} was trained with.")
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):
         text = config.read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
 from .folding import prepare_for_inference
+from .inference import check_shares
 from .losses import SubsetSumLoss
 from .runs import check_config, record_run
 from .weights import load_matching, load_torchscript, load_weights
@@ -17,6 +18,7 @@ __all__ = [
     "DilateFormer",
     "SubsetSumLoss",
     "check_config",
+    "check_shares",
     "datasets",
     "explain_errors",
     "files",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import DataError
+
 __all__ = [
     "ConvNormAct",
     "Heads",
@@ -154,10 +156,10 @@ def check_spatial_dims(network: str, spatial_dims: int) -> None:
         spatial_dims: as given to the network's constructor.
 
     Raises:
-        ValueError: when ``spatial_dims`` is not 2.
+        DataError: when ``spatial_dims`` is not 2.
     """
     if spatial_dims != 2:
-        raise ValueError(
+        raise DataError(
             f"{network} segments 2D slices: expected spatial_dims=2, got {spatial_dims}. "
             "For volumes, run it over slices with networks.slices.LabelInferer."
         )
@@ -174,19 +176,19 @@ def check_input(x: Tensor, in_channels: int, network: str) -> None:
         network: name for the message.
 
     Raises:
-        ValueError: on a wrong rank, channel count or a height or width below 32.
+        DataError: on a wrong rank, channel count or a height or width below 32.
     """
     if torch.jit.is_tracing():
         return
     if x.dim() != 4:
-        raise ValueError(f"{network} expects B, {in_channels}, H, W (4 dimensions), got shape {list(x.shape)}.")
+        raise DataError(f"{network} expects B, {in_channels}, H, W (4 dimensions), got shape {list(x.shape)}.")
     if x.shape[1] != in_channels:
-        raise ValueError(
+        raise DataError(
             f"{network} was built with in_channels={in_channels}, got an input of {x.shape[1]} channels: "
             f"shape {list(x.shape)}."
         )
     if x.shape[2] < 32 or x.shape[3] < 32:
-        raise ValueError(
+        raise DataError(
             f"{network} expects slices of at least 32 x 32 pixels, got {x.shape[2]} x {x.shape[3]}. "
             "Pad or resize them first."
         )
@@ -200,10 +202,10 @@ def check_batch(x: Tensor, network: str) -> None:
         network: name for the message.
 
     Raises:
-        ValueError: on a single slice of at most 32 x 32.
+        DataError: on a single slice of at most 32 x 32.
     """
     if x.shape[0] == 1 and x.shape[2] <= 32 and x.shape[3] <= 32:
-        raise ValueError(
+        raise DataError(
             f"{network} cannot train on a single slice of {x.shape[2]} x {x.shape[3]} pixels: at 1/32 it is one value "
             "per channel, which batch normalisation cannot take. Train on larger slices, or on batches without a rest "
             "of one."

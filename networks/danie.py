@@ -115,10 +115,10 @@ class DANIE(nn.Module):
         by less than 32.
 
     Raises:
-        DataError: when pretrained weights cannot be had, saying what was tried, or do not fit, naming the tensors.
-        FileNotFoundError: when there is no file of them.
-        ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size, and in
-            training on a single slice of 32 x 32.
+        FileNotFoundError: when there is no file of pretrained weights.
+        DataError: when they cannot be had, saying what was tried, or do not fit, naming the tensors; on an unknown
+            argument value; in ``forward`` on a wrong rank, channel count or size, and in training on a single slice
+            of 32 x 32.
 
     Example:
         >>> net = DANIE(in_channels=1, out_channels=4, size="small", img_size=64).eval()
@@ -151,10 +151,10 @@ class DANIE(nn.Module):
         check_option("attention", attention, ATTENTIONS)
         check_option("fusion", fusion, FUSIONS)
         if not (self_attention or hierarchical_attention):
-            raise ValueError("DANIE needs a stream: self_attention and hierarchical_attention are both False.")
+            raise DataError("DANIE needs a stream: self_attention and hierarchical_attention are both False.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < 1:
-            raise ValueError(f"img_size is a size in pixels or a pair of them, got {img_size!r}.")
+            raise DataError(f"img_size is a size in pixels or a pair of them, got {img_size!r}.")
         tile = (32 * math.ceil(height / 32), 32 * math.ceil(width / 32))
         backbone, channels = SIZES[size]
         self.in_channels = in_channels

@@ -12,7 +12,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def cases(layout: str, dataset_dir: str | Path, split: str) -> list[Case]:
 def image_files(
     folder: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES), ignore: Sequence[str] = ()
 ) -> list[Case]:
-    """Every image in a folder and its subfolders, for inference.
+    """Every image in a folder and its subfolders, linked ones too, for inference.
 
     Args:
         folder: where to look.
@@ -134,9 +134,10 @@ def image_files(
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Set dataset_dir to the folder of the images to segment.")
     endings = tuple(s for s in suffixes if s != SERIES)
-    found = {p: _stem(p) for p in folder.rglob("[!.]*") if p.name.lower().endswith(endings)}
+    below = list(_below(folder))
+    found = {p: _stem(p) for p in below if p.name.lower().endswith(endings) and not p.name.startswith(".")}
     if SERIES in suffixes:
-        found |= {p: p.resolve().name for p in (folder, *folder.rglob("*")) if is_series(p)}
+        found |= {p: p.resolve().name for p in (folder, *below) if is_series(p)}
     taken = sorted(p for p in found if not any(fnmatch(p.name, pattern) for pattern in ignore))
     if not taken:
         raise DataError(f"No images in {folder}: expected {_either(suffixes)} files there or in its subfolders.")
@@ -302,6 +303,21 @@ _EXPECTED = {
     "datalist": "Expected lists 'training', 'validation' and 'test' of entries with 'image' and 'label'.",
 }
 _EXPECTED["isic2018_bcdunet"] = _EXPECTED["isic2018"]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files and folders in a folder; each real folder is entered once, by a link only where no other way leads."""
+    entered: set[str] = set()
+    starts = [folder]
+    for start in starts:
+        for root, names, files in os.walk(start):
+            if (real := os.path.realpath(root)) in entered:
+                names.clear()
+                continue
+            entered.add(real)
+            paths = [Path(root, name) for name in (*names, *files)]
+            starts += sorted(path for path in paths[: len(names)] if path.is_symlink())
+            yield from paths
 
 
 def _case(image: Path, label: Path, label_values: Mapping[int, int] | None = None) -> Case:

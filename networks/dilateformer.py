@@ -277,7 +277,7 @@ class DilateFormer(nn.Module):
 
     Raises:
         DataError: when the checkpoint does not fit, naming the tensors.
-        ValueError: when ``pretrained`` is True.
+        DataError: when ``pretrained`` is True.
         FileNotFoundError: when there is no checkpoint at the path.
     """
 
@@ -298,7 +298,7 @@ class DilateFormer(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.apply(_init_weights)
         if pretrained is True:
-            raise ValueError(
+            raise DataError(
                 "DilateFormer's ImageNet weights have no stable address to download from. Get the checkpoint of "
                 "DilateFormer-Tiny by the links in the README of github.com/JIAOJIAYUASD/dilateformer and give its "
                 "path: pretrained='path/to/dilateformer_tiny.pth'."

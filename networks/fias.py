@@ -64,10 +64,9 @@ class FIAS(nn.Module):
         ``deep_supervision`` a list of three such maps, the finest first.
 
     Raises:
-        DataError: when pretrained weights do not fit, naming the tensors.
-        FileNotFoundError: when there is no file of them.
-        ValueError: on an unknown argument value, and in ``forward`` on a wrong rank, channel count or size, and in
-            training on a single slice of 32 x 32.
+        FileNotFoundError: when there is no file of pretrained weights.
+        DataError: when they do not fit, naming the tensors; on an unknown argument value; in ``forward`` on a wrong
+            rank, channel count or size, and in training on a single slice of 32 x 32.
 
     Example:
         >>> net = FIAS(in_channels=1, out_channels=4).eval()

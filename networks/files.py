@@ -136,18 +136,24 @@ def _check_header(file: Any) -> None:
 class MapLabelsd(MapTransform):
     """Turn the numbers of a label file into the bundle's classes where the case says how, by its ``"label_values"``.
 
-    :func:`networks.datasets.cases` says so for the official datasets. Labels of other cases stay as they are.
+    :func:`networks.datasets.cases` says so for the official datasets. Labels of other cases stay as they are, but for
+    what ``values`` says.
 
     Args:
         keys: keys of the labels, loaded.
+        values: classes by the numbers in the files, ``{0: 0, 255: 1}``, of cases that do not say.
 
     Raises:
-        DataError: when a label holds a number that the case does not name.
+        DataError: when a label holds a number that has no class.
     """
+
+    def __init__(self, keys: KeysCollection, values: Mapping[int, int] | None = None) -> None:
+        super().__init__(keys)
+        self.values = None if values is None else {int(raw): value for raw, value in values.items()}  # texts in JSON
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        values = d.pop("label_values", None)
+        values = d.pop("label_values", self.values)
         for key in self.key_iterator(d) if values else ():
             label = d[key]
             found = label.unique().tolist()
@@ -246,7 +252,7 @@ class LabelMapWriter(NibabelWriter):
             if target.suffix == ".png":
                 label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T).save(name)
                 return
-            source = nib.load(self.source) if self.source.endswith(VOLUMES) else None
+            source = nib.load(self.source) if self.source.lower().endswith(VOLUMES) else None
             if isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
                 dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
                 data = np.asarray(self.data_obj).astype(dtype)
@@ -257,6 +263,7 @@ class LabelMapWriter(NibabelWriter):
                 image.header.extensions.clear()
                 nib.save(image, name)
             else:
+                self.data_obj = self.data_obj[..., 0]  # of X, Y, Z, 1: a series has no channels
                 super().write(name, verbose=verbose, **obj_kwargs)
 
 

@@ -132,7 +132,13 @@ class Checkpoints:
                 partial.unlink()
 
     def keep_previous(self, trainer: Trainer) -> None:
-        """Copy ``model.pt`` and ``model.json`` of an earlier training to ``.previous``."""
+        """Copy ``model.pt`` and ``model.json`` of an earlier training to ``.previous``, rename its ``last.ckpt``.
+
+        Else a training that is broken off in its first epoch would be resumed as the earlier one.
+        """
+        last = self.directory / "last.ckpt"
+        if trainer.state.rank == 0 and last.is_file():
+            last.replace(f"{last}.previous")
         for file in (self.directory / "model.pt", self.directory / "model.json"):
             if trainer.state.rank == 0 and file.is_file():
                 with whole_file(Path(f"{file}.previous")) as name:
@@ -170,7 +176,7 @@ class Checkpoints:
 
     def restore(self, trainer: Trainer) -> None:
         """Take up the state of ``last.ckpt``."""
-        path = self.directory / "last.ckpt"
+        path, model = self.directory / "last.ckpt", self.directory / "model.pt"
         if not path.is_file():
             raise FileNotFoundError(f"Nothing to resume: no {path}. Train without --resume first.")
         state: Any = read_tensors(path)
@@ -180,7 +186,7 @@ class Checkpoints:
         if state["trainer"]["epoch_length"] != length:
             raise DataError(
                 f"{path} comes from a training of {state['trainer']['epoch_length']} batches an epoch, this one has "
-                f"{length}. Resume with the same data and batch_size, or start anew from its weights with --start_from."
+                f"{length}. Resume with the same data and batch_size, or start anew with --start_from {model}."
             )
         if other := differences(state.get("values", {}), network_values()):
             raise DataError(f"{path} comes from a training with other values. Resume with {other}.")
@@ -197,7 +203,7 @@ class Checkpoints:
                 if own.get(name) != group.get(name):
                     raise DataError(
                         f"{path} comes from a training with {name} {group.get(name)}, this one has {own.get(name)}. "
-                        "Resume with the same, or start anew from its weights with --start_from."
+                        f"Resume with the same, or start anew with --start_from {model}."
                     )
         self.optimizer.load_state_dict(state["optimizer"])
         trainer.load_state_dict(state["trainer"])

@@ -15,7 +15,7 @@ from monai.utils import ensure_tuple, string_list_all_gather
 from .errors import DataError, sentence
 from .files import LoadVolumed, SaveLabelMapd
 
-__all__ = ["CaseEvaluator", "unfinished"]
+__all__ = ["CaseEvaluator", "check_shares", "unfinished"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +129,21 @@ def unfinished(
             f"{torch.distributed.get_world_size()} processes. Do the rest with one process, without torchrun."
         )
     return found[0]
+
+
+def check_shares(cases: Sequence[Any]) -> None:
+    """Refuse several processes more than there are cases: each needs one.
+
+    Args:
+        cases: of all processes.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    if len(cases) < (processes := torch.distributed.get_world_size()):
+        raise DataError(
+            f"{len(cases)} cases are fewer than the {processes} processes. Ask torchrun for fewer of these."
+        )
 
 
 def _is_done(image: str, target: Path, made_by: Sequence[Path]) -> bool:

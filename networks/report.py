@@ -38,8 +38,8 @@ class Report:
 
     Args:
         output_dir: where to write.
-        labels: class names by index, such as the metadata's ``channel_def``; index 0 is background. Of another number
-            of classes than scored, the names are ``class 1`` and so on.
+        labels: class names by index, such as the metadata's ``channel_def``; index 0 is background. Or a list of them
+            without it. Of another number of classes than scored, the names are ``class 1`` and so on.
         convention: of the metrics, ``"sound"`` or ``"papers"``; see :mod:`networks.metrics`.
         metric: name of the evaluator's metric with details per case that orders the cases.
     """
@@ -47,12 +47,14 @@ class Report:
     def __init__(
         self,
         output_dir: str | Path,
-        labels: Mapping[str, str],
+        labels: Mapping[str, str] | Sequence[str],
         convention: str = "sound",
         metric: str = "val_mean_dice",
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.labels = [labels[i] for i in sorted(labels, key=int)][1:]
+        if isinstance(labels, Mapping):
+            labels = [labels[i] for i in sorted(labels, key=int)][1:]
+        self.labels = list(labels)
         self.convention = convention
         self.metric = metric
         self._names: list[str] = []

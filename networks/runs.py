@@ -42,7 +42,7 @@ def check_config() -> None:
         return
     known: dict[str, Any] = {}
     for file in sorted(workflow.config_root_path.glob("*")):
-        if file.suffix in (".json", ".yaml", ".yml") and file.stem != "metadata":
+        if file.suffix in (".json", ".yaml", ".yml") and file.stem not in ("metadata", "modern"):
             content = ConfigParser.load_config_file(file)
             known |= content if isinstance(content, dict) else {}
     config = workflow.parser.get()

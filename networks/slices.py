@@ -341,8 +341,7 @@ class SliceDataset(Dataset, Randomizable):
         num_workers: threads that transform volumes.
 
     Raises:
-        DataError: when a file cannot be used.
-        ValueError: when there are no volumes, or ``empty_weight`` is not in 0 to 1.
+        DataError: when a file cannot be used, there are no volumes, or ``empty_weight`` is not in 0 to 1.
     """
 
     def __init__(
@@ -356,9 +355,9 @@ class SliceDataset(Dataset, Randomizable):
         num_workers: int = 1,
     ) -> None:
         if not data:
-            raise ValueError("SliceDataset got no volumes: is dataset_dir right, and its split not empty?")
+            raise DataError("SliceDataset got no volumes: is dataset_dir right, and its split not empty?")
         if not 0 <= empty_weight <= 1:
-            raise ValueError(f"empty_weight is a share from 0 to 1, got {empty_weight}.")
+            raise DataError(f"empty_weight is a share from 0 to 1, got {empty_weight}.")
         self.data = data
         self.keys = tuple(keys)
         self.slice_transform = Compose(slice_transform)

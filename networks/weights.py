@@ -84,10 +84,13 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         FileNotFoundError: when there is no such file, with what to do about it.
         DataError: when the file is unreadable, or tensors are missing, unexpected or of another shape.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
+        shipped = path.with_name("pretrained.pt")
         raise FileNotFoundError(
             f"No weights at {path}. Train them with this bundle's train.json, download a released bundle, "
             "or name a file in another folder by --ckpt_dir (it must be called model.pt)."
+            + (f" For {shipped}, build the release by bundles/release.py and run that." if shipped.is_file() else "")
         )
     load_state_dict(module, read_weights(path), source=str(path))
 

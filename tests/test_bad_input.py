@@ -209,6 +209,11 @@ RUNS = {
         "Cannot read .*data.json as a datalist",
     ),
     "missing weights": ("inference", lambda d: {"ckpt_dir": str(d)}, "No weights at .*model.pt. Train them"),
+    "weights that come with the bundle": (
+        "inference",
+        lambda d: {"ckpt_dir": str(text(d / "pretrained.pt").parent)},
+        "No weights at .*model.pt. .* For .*pretrained.pt, build the release",
+    ),
     "truncated weights": (
         "evaluate",
         lambda d: {"ckpt_dir": str(cut(Path(other_weights(d)) / "model.pt", 10000).parent)},
@@ -231,6 +236,9 @@ RUNS = {
     ),
     "false as a text": ("inference", lambda d: {"overlay": "false"}, "overlay got the text 'false'.*True or False"),
     "text for a list": ("evaluate", lambda d: {"metrics": "iou"}, "metrics is a list such as"),
+    "no share": ("train", lambda d: {"empty_weight": 2}, "empty_weight is a share from 0 to 1, got 2"),
+    "too few pixels": ("train", lambda d: {"image_size": 16}, "at least 32 x 32 pixels, got 16 x 16"),
+    "no address of a DilateFormer": ("train", lambda d: {"pretrained": True}, "no stable address to download from"),
     "unknown layout": ("train", lambda d: {"layout": "synapse"}, "layout is one of 'acdc'.*got 'synapse'"),
     "negative seed": ("train", lambda d: {"seed": -1}, "seed is a whole number from 0 up"),
     "output folder that is a file": (

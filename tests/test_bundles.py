@@ -200,10 +200,11 @@ def test_your_own_data_trains_by_overrides_from_another_checkpoint(name, trained
         to = tmp_path / "labels" / f"case{i}{''.join(label.suffixes)}"
         if label.suffix == ".gz":
             volume = nib.load(label)
-            nib.save(nib.Nifti1Image(np.asarray(volume.dataobj).clip(0, 2), volume.affine), to)
+            nib.save(nib.Nifti1Image(100 * np.asarray(volume.dataobj).clip(0, 2), volume.affine), to)
         else:
-            Image.fromarray(np.asarray(Image.open(label)).clip(0, 2)).save(to)
+            Image.fromarray(100 * np.asarray(Image.open(label)).clip(0, 2)).save(to)
     own = {"dataset_dir": tmp_path, "layout": "folder", "num_classes": 3, "bundle_root": tmp_path / "root"}
+    own["label_values"] = {0: 0, 100: 1, 200: 2}
     start = trained / "models" / "model.pt"
     arguments = {**own, "start_from": start, "epochs": 1, **quick(name, pretrained=False)}
     log = run_bundle("training", f"{configs}/train.json", **arguments).stdout
@@ -218,8 +219,9 @@ def test_your_own_data_trains_by_overrides_from_another_checkpoint(name, trained
     datalist = tmp_path / "dataset.json"
     datalist.write_text(json.dumps({"training": cases[:4], "validation": cases[4:5], "test": cases[5:]}))
     listed = {**own, "dataset_dir": datalist, "layout": "datalist"}
-    run_bundle("evaluating", f"{configs}/evaluate.json", **listed, **quick(name))
-    assert "case5" in (tmp_path / "root" / "eval" / "cases.csv").read_text()
+    run_bundle("evaluating", f"{configs}/evaluate.json", labels=["crypt", "stroma"], **listed, **quick(name))
+    rows = (tmp_path / "root" / "eval" / "cases.csv").read_text()
+    assert "case5" in rows and "dice stroma" in rows
 
 
 @of_volumes
@@ -243,7 +245,7 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
 @samples
 def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, run_bundle, tmp_path):
     start = trained / "models" / "model.pt"
-    recipe = str([f"{configs}/train.json", str(ROOT / "tests" / "benchmarks" / "modern.json")])
+    recipe = str([f"{configs}/train.json", f"{configs}/modern.json"])
     options = {"bundle_root": tmp_path, "dataset_dir": data, "epochs": 2, "start_from": start}
     run_bundle("training", recipe, **options, ema_momentum=1e-9, batch_size=6, **quick(name, pretrained=False))
     before, after = (torch.load(file, weights_only=True) for file in (start, tmp_path / "models" / "model.pt"))
@@ -300,8 +302,9 @@ def torchrun(name, configs, data) -> Callable[..., str]:
     def torchrun(run_id: str, *files: str, **overrides: object) -> str:
         config = str([f"{configs}/{file}.json" for file in files])
         launch = "-m torch.distributed.run --standalone --nproc_per_node=2 -m monai.bundle run".split()
-        options = {**quick(name, pretrained=False), "dataset_dir": data, **overrides}
-        del options["device"]
+        options = {**quick(name, pretrained=False), "dataset_dir": data}
+        del options["device"]  # each process has its own, unless told
+        options |= overrides
         arguments = [f"--{key}={value}" for key, value in options.items()]
         return run(*launch, run_id, "--config_file", config, *arguments, threads=1).stdout
 
@@ -317,7 +320,7 @@ def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle
     run_bundle("evaluating", f"{configs}/evaluate.json", **options)
     run_bundle("inferring", f"{configs}/inference.json", **options)
     torchrun("evaluating", "evaluate", "multi_gpu_evaluate", output_dir=together, **ckpt)
-    torchrun("inferring", "inference", "multi_gpu_evaluate", output_dir=together, **ckpt)
+    torchrun("inferring", "inference", "multi_gpu_evaluate", output_dir=together, device="cpu", **ckpt)
     first, second = (sorted((f / "cases.csv").read_text().splitlines()) for f in (alone, together))
     assert len(first) > 2 and [row.split(",")[0] for row in first] == [row.split(",")[0] for row in second]
     for a, b in zip(first, second, strict=True):
@@ -346,6 +349,7 @@ def test_two_processes_train_to_one_model(name, validation, configs, data, run_b
         conv.bias.data = torch.eye(4)[1]
     torch.save(start.state_dict(), tmp_path / "start.pt")
     steps = {"epochs": 1, "learning_rate": 1e-6, "start_from": tmp_path / "start.pt"}
+    steps |= {"device": "cpu"} if validation == 1 else {}
     torchrun("training", "train", "multi_gpu_train", **steps, **options)
     assert len({file.name.split(".")[-2] for file in (tmp_path / "eval").glob("events.*")}) == 1  # one process's
     run_bundle("evaluating", f"{configs}/evaluate.json", split="validation", **options, **quick(name))

@@ -218,5 +218,15 @@ def test_image_files_of_a_folder(tmp_path):
         image_files(tmp_path, suffixes=[".jpg", ".png"])
     with pytest.raises(DataError, match="is no folder"):
         image_files(tmp_path / "none")
+    cohort = tmp_path / "cohort"
+    touch(cohort / "b" / "own.nii.gz")
+    (cohort / "a").symlink_to("b")  # each real folder once, by its own name
+    (cohort / "b" / "back").symlink_to(tmp_path)
+    (cohort / "linked").symlink_to(folder)
+    assert [str(Path(f["image"]).relative_to(cohort)) for f in image_files(cohort, ignore=["*_gt*", "*_4d*"])] == [
+        "b/own.nii.gz",
+        "linked/patient001_frame01.nii.gz",
+        "linked/patient001_frame12.nii.gz",
+    ]
     with pytest.raises(DataError, match="No images in .*expected .nii.gz, .nii or .dcm files"):
         image_files(tmp_path, ignore=["*"])

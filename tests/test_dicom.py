@@ -81,7 +81,7 @@ def test_a_label_map_of_a_series_lies_on_it_for_itk(field_of_view, tmp_path):
     np.testing.assert_allclose(label.GetSpacing(), SPACING, atol=1e-4)
     np.testing.assert_allclose(label.GetOrigin(), ORIGIN, atol=1e-4)
     np.testing.assert_allclose(itk.array_from_matrix(label.GetDirection()), TILT, atol=1e-4)
-    assert tuple(itk.size(label)) == (12, 10, 6)
+    assert tuple(itk.size(label)) == (12, 10, 6) and nib.load(maps[0]).shape == (12, 10, 6)
 
 
 def test_what_is_saved_of_the_folder_itself_stays_in_the_output_folder(tmp_path):

@@ -67,8 +67,18 @@ def test_labels_are_mapped_where_the_case_says_how_and_others_stay(tmp_path):
     assert mapped["label"][0, :, 0, 0].tolist() == [1, 0, 6, 0]
     assert "label_values" not in mapped
     assert torch.equal(load(case)["label"][0], torch.from_numpy(raw))
+    own = Compose([LoadVolumed("label"), MapLabelsd("label", {"0": 0, "5": 2, "8": 1, "11": 0})])  # as in JSON
+    assert own(case)["label"][0, :, 0, 0].tolist() == [1, 2, 0, 0]
     with pytest.raises(DataError, match=r"label.nii.gz holds the values \[11.0\], expected none but 0, 5, 8"):
         VolumeDataset([{**case, "label_values": {0: 0, 5: 0, 8: 1}}], load)[0]
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "SCAN.NII.GZ"])
+def test_a_label_map_has_its_volume_s_shape(name, tmp_path):
+    case = LoadVolumed("image")({"image": save(tmp_path / name, np.arange(24, dtype=np.uint8).reshape(4, 3, 2))})
+    SaveLabelMapd("image", tmp_path / "out")(case)
+    (written,) = (tmp_path / "out").iterdir()
+    assert nib.load(written).shape == (4, 3, 2)
 
 
 def test_a_picture_is_a_volume_of_one_slice_and_its_label_map_lies_on_it(tmp_path):

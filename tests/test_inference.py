@@ -19,7 +19,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
 from networks import FIAS, DataError
-from networks.inference import CaseEvaluator
+from networks.inference import CaseEvaluator, check_shares
 from networks.slices import SliceOrientationd
 
 CONFIG = f"{ROOT}/bundles/fias_acdc/configs/inference.json"
@@ -197,6 +197,13 @@ def test_a_resumed_inference_does_what_is_not_whole_or_older(images, infer, weig
     assert len(infer(resume=True, overlay=True)) == 4
     (out / "1_overlay.png").unlink()  # killed between a label map and its picture
     assert infer(resume=True, overlay=True) == every[1:2]
+
+
+def test_more_processes_than_cases_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    check_shares([1, 2, 3])
+    with pytest.raises(DataError, match="2 cases are fewer than the 3 processes"):
+        check_shares([1, 2])
 
 
 def test_a_run_is_recorded_beside_its_results_and_can_be_run_again(infer, tmp_path):

@@ -27,14 +27,11 @@ processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
 
 def train(root: str, data: str, resume: bool, recipe: str = "paper", **overrides: object) -> None:
     """Train FIAS in this process."""
-    configs = [
-        "bundles/fias_acdc/configs/train.json",
-        *(["tests/benchmarks/modern.json"] if recipe == "modern" else []),
-    ]
+    names = ["train.json", "modern.json"] if recipe == "modern" else ["train.json"]
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
     workflow = ConfigWorkflow(
-        [str(ROOT / config) for config in configs],
+        [str(ROOT / "bundles" / "fias_acdc" / "configs" / name) for name in names],
         bundle_root=root,
         dataset_dir=data,
         layout="datalist",
@@ -90,6 +87,17 @@ def test_the_network_that_is_validated_is_the_one_that_is_saved(tmp_path):
     for validated, options in ((average, {}), (network, {"averaged": average})):
         with pytest.raises(DataError, match="name multi_gpu_train.json before the recipe"):
             Checkpoints(tmp_path, network, optimizer, SimpleNamespace(network=validated), **options)
+
+
+def test_a_training_broken_off_in_its_first_epoch_is_not_resumed_as_the_one_before(tmp_path):
+    network = torch.nn.Linear(1, 1)
+    parts = (tmp_path, network, torch.optim.SGD(network.parameters()), SimpleNamespace(network=network))
+    (tmp_path / "last.ckpt").write_text("of before")
+    trainer = SimpleNamespace(state=SimpleNamespace(rank=0))
+    Checkpoints(*parts).keep_previous(trainer)
+    with pytest.raises(FileNotFoundError, match="Nothing to resume"):
+        Checkpoints(*parts, resume=True).restore(trainer)
+    assert (tmp_path / "last.ckpt.previous").read_text() == "of before"
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
     assert train["pretrained"] is True and train["start_from"] == ""  # no weights: as the bundle itself
 
 
-def test_weights_are_released_with_the_values_they_were_trained_with(weights, schema, phantoms, tmp_path):
+def test_weights_are_released_with_the_values_they_were_trained_with(weights, schema, phantoms, tmp_path, capsys):
     values = {"image_size": 64, "field_of_view": 90, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
     shutil.copy(weights, tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(json.dumps({"in_channels": 1, "num_classes": 4, **values}))
@@ -227,6 +227,15 @@ def test_weights_are_released_with_the_values_they_were_trained_with(weights, sc
     result = run(*command, "--dataset_dir", str(phantoms("acdc")), "--image_size", "96", **options)
     assert "model.pt was trained with other values than this run has. Add --image_size 64 (or remove" in result.stdout
     assert result.returncode == 1 and not list((tmp_path / "fias_acdc" / "eval").glob("*_seg*"))
+    for file in (tmp_path / "model.pt", tmp_path / "model.json"):
+        file.rename(f"{file}.previous")
+    script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt.previous"), schema=str(schema))
+    with zipfile.ZipFile(tmp_path / f"{FIAS_ACDC}.zip") as archive:
+        assert values.items() <= json.loads(archive.read("fias_acdc/configs/inference.json")).items()
+    (tmp_path / "model.json.previous").unlink()
+    capsys.readouterr()
+    script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt.previous"), schema=str(schema))
+    assert "model.json.previous: the release has the config's own values" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module", params=PRETRAINED)

@@ -3,7 +3,7 @@
     python tests/benchmarks/accuracy.py DATASET_DIR [--bundle fias_acdc] [--recipe modern] [--networks FIAS,DynUNet]
         [--seeds 0,1] [--epochs 400] [--output_dir accuracy]
 
-``paper`` is the bundle's own recipe, that of its network's paper. ``modern`` is ``modern.json`` over it: AdamW with
+``paper`` is the bundle's own recipe, that of its network's paper. ``modern`` is its ``modern.json`` over it: AdamW with
 warm-up and cosine, larger batches, averaged weights, stronger augmentation, bfloat16 on a GPU. A peer takes the
 network's place by ``network_def`` alone. Any other word is an override of both configs, such as ``--image_size 224``;
 one of training alone goes in by ``--train "{'batch_size': 8}"``.
@@ -110,7 +110,7 @@ def run(
     configs = ROOT / "bundles" / bundle / "configs"
     recipes = {
         "paper": [configs / "train.json"],
-        "modern": [configs / "train.json", Path(__file__).with_name("modern.json")],
+        "modern": [configs / "train.json", configs / "modern.json"],
     }
     file, last = root / "accuracy.json", root / "models" / "last.ckpt"
     asked = json.loads(json.dumps({"epochs": epochs, "train": train, **both}, default=str))

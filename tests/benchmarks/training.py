@@ -9,6 +9,7 @@ extrapolates the bundle's epochs over ACDC's 1,304 training slices.
 
 from __future__ import annotations
 
+import tempfile
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def main(
     """
     parser = ConfigParser()
     parser.read_config(ROOT / "bundles" / bundle / "configs" / "train.json")
-    parser.update({"dataset_dir": dataset_dir, "num_workers": num_workers, "start_from": "", **overrides})
+    own = {"dataset_dir": dataset_dir, "num_workers": num_workers, "start_from": "", "output_dir": tempfile.mkdtemp()}
+    parser.update({**own, **overrides})
     loader: DataLoader = parser.get_parsed_content("train#dataloader")
     trainer = parser.get_parsed_content("train#trainer")
     device, batch_size = parser.get_parsed_content("device"), parser.get_parsed_content("batch_size")
