@@ -39,6 +39,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import (
@@ -375,7 +376,8 @@ class ChannelAttention(nn.Module):
         )
 
     def forward(self, h_max: Tensor, h_avg: Tensor) -> tuple[Tensor, Tensor]:
-        a_max = torch.sigmoid(self.mlp(h_max.amax([2, 3], keepdim=True)))
+        # Not amax: its gradient looks for the maximum again, and finds none among bfloat16's roundings when compiled.
+        a_max = torch.sigmoid(self.mlp(F.adaptive_max_pool2d(h_max, 1)))
         a_avg = torch.sigmoid(self.mlp(h_avg.mean([2, 3], keepdim=True)))
         return a_max * h_max, a_avg * h_avg
 
@@ -393,7 +395,7 @@ class SpatialAttention(nn.Module):
         self.conv_avg = nn.Conv2d(1, 1, 1)
 
     def forward(self, m_max: Tensor, m_avg: Tensor) -> tuple[Tensor, Tensor]:
-        a_max = torch.sigmoid(self.conv_max(m_max.amax(1, keepdim=True)))
+        a_max = torch.sigmoid(self.conv_max(m_max.max(1, keepdim=True)[0]))  # not amax, as above
         a_avg = torch.sigmoid(self.conv_avg(m_avg.mean(1, keepdim=True)))
         return a_max * m_max, a_avg * m_avg
 

@@ -88,7 +88,7 @@ class Checkpoints:
         DataError: when the evaluator validates another network than is saved, or ``resume`` is no truth value: on a
             command line, ``false`` is a text, and texts are true. At the start of a resumed training, when
             ``last.ckpt`` is unreadable, of another network, of other data, or of a training by other config files,
-            values, learning rate or weight decay.
+            values, learning rate or weight decay. After an epoch that left weights that are not finite.
         FileNotFoundError: at the start of a resumed training without ``last.ckpt``.
     """
 
@@ -152,9 +152,15 @@ class Checkpoints:
             logger.warning("no epoch was validated: model.pt holds the last one.")
 
     def save(self, trainer: Trainer) -> None:
-        """Write ``last.ckpt``, and ``model.pt`` when this epoch's validation is the best."""
+        """Write ``last.ckpt``, and ``model.pt`` when this epoch's validation is the best, of finite weights alone."""
         if trainer.state.rank != 0:
             return
+        if spoilt := [name for name, tensor in self.network.state_dict().items() if not tensor.isfinite().all()]:
+            raise DataError(
+                f"After epoch {trainer.state.epoch} weights are not finite: {spoilt[0]} and {len(spoilt) - 1} others. "
+                f"{self.directory} keeps what it held before. Train with a lower learning_rate, or without compile, "
+                "amp or bfloat16."
+            )
         best = self.evaluator.state
         if best.best_metric_epoch == trainer.state.epoch:
             self._write_model()

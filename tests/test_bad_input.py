@@ -239,6 +239,11 @@ RUNS = {
     "no share": ("train", lambda d: {"empty_weight": 2}, "empty_weight is a share from 0 to 1, got 2"),
     "too few pixels": ("train", lambda d: {"image_size": 16}, "at least 32 x 32 pixels, got 16 x 16"),
     "no address of a DilateFormer": ("train", lambda d: {"pretrained": True}, "no stable address to download from"),
+    "a rate that spoils the weights": (
+        "train",
+        lambda d: {"learning_rate": 1e38},
+        "After epoch 1 weights are not finite",
+    ),
     "unknown layout": ("train", lambda d: {"layout": "synapse"}, "layout is one of 'acdc'.*got 'synapse'"),
     "negative seed": ("train", lambda d: {"seed": -1}, "seed is a whole number from 0 up"),
     "output folder that is a file": (

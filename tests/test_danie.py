@@ -60,6 +60,21 @@ def test_hierarchical_attention_equals_equations_2_to_5():
     torch.testing.assert_close(a_d, weighted(attention, h))
 
 
+def test_compiled_in_bfloat16_the_gradient_of_the_maxima_is_the_same():
+    """To rounding; that of ``amax`` divides by the number of maxima that it finds again, which may then be none."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(1, 32, 3), nn.GELU(), HierarchicalAttention(32))
+    x = torch.randn(2, 1, 12, 12)
+    gradients = []
+    for network in (block, torch.compile(block, fullgraph=True)):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            network(x).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in block.parameters()]))
+    eager, compiled = gradients
+    assert float((compiled - eager).norm() / eager.norm()) < 0.05
+
+
 def test_spatial_first_and_single_attentions_are_what_they_say():
     torch.manual_seed(0)
     h = torch.randn(2, 32, 5, 7)
