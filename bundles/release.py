@@ -77,7 +77,8 @@ def release(
             written beside the zip as ``NAME_vVERSION.pt``, and ``large_files.yml`` in it names address and checksum for
             ``python -m monai.bundle download_large_files``, which refuses another file.
         schema: file of the model zoo's metadata schema; by default fetched from the metadata's ``schema``.
-        half: ship the weights in half precision, half as large; they are loaded into single precision.
+        half: ship the weights in half precision, half as large; they are loaded into single precision. Vectors, which
+            are few, stay whole: a variance of batch normalisation may be above what half precision holds.
 
     Returns:
         Path of the zip, or of the folder when several were built.
@@ -142,7 +143,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         flat = io.BytesIO()  # bare, on the CPU: MONAI Label and the exports read it leniently, without saying where to
         state = read_weights(model)
         if half:
-            state = {k: _halved(k, v) if v.is_floating_point() else v for k, v in state.items()}
+            state = {k: _halved(k, v) if v.is_floating_point() and v.dim() > 1 else v for k, v in state.items()}
         torch.save(state, flat)
         files["models/model.pt"] = flat.getvalue()
         if (seen := Path(re.sub(r"\.(pt|safetensors)(?=(\.previous)?$)", ".json", str(model)))).is_file():

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,11 @@ class Checkpoints:
 
     After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, ``model.json`` the
     values of the bundle's config that it was trained for (:func:`networks.runs.network_values`), and ``last.ckpt`` all
-    that training goes on from: network, averaged network, optimiser, gradient scaler, schedule, epoch, best score. (Of
-    every file ``*.pt`` there, MONAI Label would offer the shortest name first as a model.) MONAI's ``CheckpointSaver``
-    removes the old best file before it writes the new one and forgets the best score at a restart.
+    that training goes on from: network, averaged network, optimiser, gradient scaler, schedule, epoch, best score. It
+    is written after a run's first and last epoch and each best one, after others so often that it takes at most a
+    twentieth of the time. (Of every file ``*.pt`` there, MONAI Label would offer the shortest name first as a model.)
+    MONAI's ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a
+    restart.
 
     With :class:`EpochSeed`, a training killed at any moment and resumed ends as an unbroken one: on a CPU with as many
     threads bit for bit. A new training keeps the ``model.pt`` and ``model.json`` that it finds as ``.previous``.
@@ -111,6 +114,7 @@ class Checkpoints:
         self.resume = resume
         self.averaged = averaged
         self.schedule = schedule
+        self.due = time.monotonic()  # when last.ckpt is to be written again
         validated = getattr(evaluator, "network", self.network)
         if validated is not (averaged or self.network):
             raise DataError(
@@ -152,7 +156,10 @@ class Checkpoints:
             logger.warning("no epoch was validated: model.pt holds the last one.")
 
     def save(self, trainer: Trainer) -> None:
-        """Write ``last.ckpt``, and ``model.pt`` when this epoch's validation is the best, of finite weights alone."""
+        """Write ``model.pt`` when this epoch's validation is the best, and ``last.ckpt`` when it is due.
+
+        Weights that are not finite are not written.
+        """
         if trainer.state.rank != 0:
             return
         if spoilt := [name for name, tensor in self.network.state_dict().items() if not tensor.isfinite().all()]:
@@ -162,9 +169,12 @@ class Checkpoints:
                 "amp or bfloat16."
             )
         best = self.evaluator.state
-        if best.best_metric_epoch == trainer.state.epoch:
+        epoch, start = trainer.state.epoch, time.monotonic()
+        if best.best_metric_epoch == epoch:
             self._write_model()
-            logger.info(f"epoch {trainer.state.epoch}: best {best.key_metric_name} {best.best_metric:.4f}")
+            logger.info(f"epoch {epoch}: best {best.key_metric_name} {best.best_metric:.4f}")
+        elif epoch != trainer.state.max_epochs and start < self.due:
+            return
         state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -179,6 +189,8 @@ class Checkpoints:
         if self.schedule is not None:
             state["schedule"] = self.schedule.last_epoch  # torch's name, of steps too
         self._write("last.ckpt", state)
+        end = time.monotonic()
+        self.due = end + 19 * (end - start)
 
     def restore(self, trainer: Trainer) -> None:
         """Take up the state of ``last.ckpt``."""

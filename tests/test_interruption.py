@@ -100,6 +100,28 @@ def test_a_training_broken_off_in_its_first_epoch_is_not_resumed_as_the_one_befo
     assert (tmp_path / "last.ckpt.previous").read_text() == "of before"
 
 
+def test_keeping_the_state_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    """Epochs of a second, a state that takes four to write: the first, the best and the last, else one in twenty."""
+    clock, written = [0.0], []
+    monkeypatch.setattr("networks.handlers.time.monotonic", lambda: clock[0])
+    network = torch.nn.Linear(1, 1)
+    score = SimpleNamespace(best_metric_epoch=30, best_metric=0.5, key_metric_name="dice")
+    evaluator = SimpleNamespace(network=network, state=score)
+    checkpoints = Checkpoints(tmp_path, network, torch.optim.SGD(network.parameters()), evaluator)
+
+    def write(name: str, state: dict) -> None:
+        if name == "last.ckpt":
+            clock[0] += 4
+            written.append(trainer.state.epoch)
+
+    monkeypatch.setattr(checkpoints, "_write", write)
+    trainer = SimpleNamespace(state=SimpleNamespace(rank=0, epoch=0, max_epochs=200), scaler=None, state_dict=dict)
+    for trainer.state.epoch in range(1, 201):
+        clock[0] += 1
+        checkpoints.save(trainer)
+    assert written == [1, 30, 106, 182, 200]
+
+
 @pytest.mark.parametrize(
     ("recipe", "num_workers", "kills"),
     [

@@ -9,9 +9,9 @@ network's place by ``network_def`` alone. Any other word is an override of both 
 one of training alone goes in by ``--train "{'batch_size': 8}"``.
 
 Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``, which is refused under other options. The
-same command takes up a broken-off table: what has its scores is not run again, and a training goes on after its last
-whole epoch. Time has the start-up and all validation in it. Scores are of ``model.pt``, the best epoch on the same
-validation cases: they compare networks and recipes, and are no figures of a test set.
+same command takes up a broken-off table: what has its scores is not run again, and a training goes on after the last
+epoch that it kept. Time has the start-up and all validation in it. Scores are of ``model.pt``, the best epoch on the
+same validation cases: they compare networks and recipes, and are no figures of a test set.
 """
 
 from __future__ import annotations
