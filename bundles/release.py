@@ -71,7 +71,8 @@ def release(
         name: the release's own name, for one with overrides.
         set: values of the configs to bake in, such as ``{'size': 'small'}``; an id that a config lacks is left out.
         weights: file to ship as ``model.pt``; by default the bundle's ``models/model.pt``, which training leaves, else
-            ``models/pretrained.pt``, with which some bundles come, else none.
+            ``models/pretrained.pt``, with which some bundles come, else none. The metadata's ``eval_metrics`` are of
+            the latter, and left out with others.
         url: address of the folder where the zip will lie, for ``model_info.json``.
         weights_url: address of the folder where the weights will lie, when a zip with them is too large: they are
             written beside the zip as ``NAME_vVERSION.pt``, and ``large_files.yml`` in it names address and checksum for
@@ -146,6 +147,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
             state = {k: _halved(k, v) if v.is_floating_point() and v.dim() > 1 else v for k, v in state.items()}
         torch.save(state, flat)
         files["models/model.pt"] = flat.getvalue()
+        print(f"weights: {model}")
         if (seen := Path(re.sub(r"\.(pt|safetensors)(?=(\.previous)?$)", ".json", str(model)))).is_file():
             files["models/model.json"] = seen.read_bytes()
             trained = json.loads(files["models/model.json"])
@@ -157,7 +159,12 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
     for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):
         text = config.read_text(encoding="utf-8")
-        if config.name != "metadata.json":
+        if config.name == "metadata.json":
+            own = source / "models" / "pretrained.pt"
+            if model.resolve() != own.resolve() and json.loads(text)["eval_metrics"]:
+                text = re.sub(r'"eval_metrics": {[^}]*}', '"eval_metrics": {}', text)
+                print(f"no eval_metrics: those of {config.name}, like the figures of the docs, are of {own}.")
+        else:
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
             # the overlays of a device, such as TensorRT's, hold some of these to what it needs
             for key, value in values.items() if config.stem in ("train", "evaluate", "inference") else ():

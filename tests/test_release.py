@@ -81,13 +81,12 @@ def published(server, weights, schema) -> tuple[str, Path, str]:
     return url, folder, run("bundles/release.py", *map(str, command)).stdout
 
 
-def test_a_release_holds_what_it_needs_and_nothing_else(published):
+def test_a_release_holds_what_it_needs_and_nothing_else(published, weights):
     url, folder, printed = published
     with zipfile.ZipFile(folder / f"{FIAS_ACDC}.zip") as archive:
         names = archive.namelist()
         configs = {Path(n).stem: archive.read(n).decode() for n in names if n.endswith(".json")}
         shipped = torch.load(io.BytesIO(archive.read("fias_acdc/models/model.pt")), weights_only=True)
-    assert {v.dtype for v in shipped.values() if v.is_floating_point()} == {torch.float16}
     assert all(n.startswith("fias_acdc/") for n in names) and names == sorted(names)
     for file in ("LICENSE", "models/model.pt", "docs/README.md", "docs/guide.md"):
         assert f"fias_acdc/{file}" in names
@@ -99,6 +98,11 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published):
     assert info["source"] == f"{url}/{FIAS_ACDC}.zip" and len(info["checksum"]) == 40
     assert hashlib.sha256((folder / f"{FIAS_ACDC}.zip").read_bytes()).hexdigest() in printed
     assert "metadata is verified with no error" in printed
+    # the bundle's figures are of other weights
+    assert METADATA["eval_metrics"] and json.loads(configs["metadata"])["eval_metrics"] == {}
+    assert f"weights: {weights}" in printed and "no eval_metrics: those of metadata.json" in printed
+    floats = [v for v in shipped.values() if v.is_floating_point()]
+    assert all(v.dtype == (torch.float16 if v.dim() > 1 else torch.float32) for v in floats)
 
 
 def test_the_same_input_gives_the_same_bytes(published, release, tmp_path):
@@ -202,15 +206,15 @@ def test_weights_elsewhere_are_fetched_and_checked_by_monai(release, server, wei
 
 def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
     values = {"size": "small", "batch_size": 4, "bfloat16": True, "field_of_view": 200}
-    script.release("danie_glas", str(tmp_path), name="danie_s_glas", set=values, schema=str(schema))
-    with zipfile.ZipFile(tmp_path / "danie_s_glas_v0.1.0.zip") as archive:
+    built = script.release("danie_isic2018", str(tmp_path), name="danie_s_isic", set=values, schema=str(schema))
+    with zipfile.ZipFile(built) as archive:
         train, inference, tensorrt = (
-            json.loads(archive.read(f"danie_s_glas/configs/{n}.json")) for n in ("train", "inference", "inference_trt")
+            json.loads(archive.read(f"danie_s_isic/configs/{n}.json")) for n in ("train", "inference", "inference_trt")
         )
     assert train["size"] == inference["size"] == "small" and train["batch_size"] == 4
     assert train["field_of_view"] == inference["field_of_view"] == 200
     assert inference["bfloat16"] is True and tensorrt["bfloat16"] is False  # its engine has a type of its own
-    assert train["name"] == inference["name"] == "danie_s_glas"
+    assert train["name"] == inference["name"] == "danie_s_isic"
     assert train["pretrained"] is True and train["start_from"] == ""  # no weights: as the bundle itself
 
 
@@ -259,10 +263,12 @@ def test_pretrained_weights_are_what_the_docs_say(pretrained):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("ACDC_DIR" not in os.environ, reason="needs the dataset: name its folder in ACDC_DIR")
 def test_a_released_bundle_gives_the_figures_of_its_docs(pretrained):
     """Validation Dice of each structure, on a CPU, to 0.001."""
-    data = ["--dataset_dir", str(Path(os.environ["ACDC_DIR"]).resolve()), "--split", "validation", "--device", "cpu"]
+    variable = f"{pretrained.name.split('_')[-1].upper()}_DIR"
+    if variable not in os.environ:
+        pytest.skip(f"needs the dataset: name its folder in {variable}")
+    data = ["--dataset_dir", str(Path(os.environ[variable]).resolve()), "--split", "validation", "--device", "cpu"]
     command = ["-m", "monai.bundle", "run", "evaluating", "--config_file", "configs/evaluate.json"]
     run(*command, *data, cwd=pretrained, path="")
     with (pretrained / "eval" / "cases.csv").open() as file:

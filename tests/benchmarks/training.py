@@ -43,7 +43,8 @@ def main(
     parser = ConfigParser()
     parser.read_config(ROOT / "bundles" / bundle / "configs" / "train.json")
     own = {"dataset_dir": dataset_dir, "num_workers": num_workers, "start_from": "", "output_dir": tempfile.mkdtemp()}
-    parser.update({**own, **overrides})
+    whole = {"train#dataloader#drop_last": True}  # a compiled network is compiled anew for a short batch
+    parser.update({**own, **whole, **overrides})
     loader: DataLoader = parser.get_parsed_content("train#dataloader")
     trainer = parser.get_parsed_content("train#trainer")
     device, batch_size = parser.get_parsed_content("device"), parser.get_parsed_content("batch_size")
@@ -51,6 +52,8 @@ def main(
     def step(batch: dict[str, Tensor]) -> None:
         trainer._iteration(trainer, batch)
 
+    if parser["compile"]:
+        parser.get_parsed_content("network").compile()
     batches = list(islice(cycle(loader), 2))
     step(batches[0])
 
