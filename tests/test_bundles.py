@@ -1,7 +1,7 @@
 """The bundles as users run them: through monai.bundle, on phantoms, on the CPU.
 
-Every bundle trains, evaluates and infers. What can go wrong is tried on one bundle of volumes and one of pictures:
-their configs are the same word for word but for named values, which a test here sees to.
+Every bundle trains, evaluates and infers, two of them with ``--slow`` alone. What can go wrong is tried on one bundle
+of volumes and one of pictures: their configs are the same word for word but for named values, as a test here shows.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from networks.datasets import cases
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
 SAMPLES = ["fias_acdc", "danie_glas"]
+ALIKE = ["danie_isic2017", "danie_synapse"]  # the network of one other bundle on the data of another
 
 
 def quick(name: str, **more: object) -> dict[str, object]:
@@ -66,8 +67,10 @@ def pictures(name: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def trained(name, configs, data, run_bundle, tmp_path_factory) -> Iterator[Path]:
+def trained(request, name, configs, data, run_bundle, tmp_path_factory) -> Iterator[Path]:
     """A bundle root after one epoch of training, tracked by MLflow; its log in ``log.txt``."""
+    if name in ALIKE and not request.config.getoption("--slow"):
+        pytest.skip(f"slow: {name} repeats what other bundles' runs show; run with --slow")
     root = tmp_path_factory.mktemp(name)
     options = {
         "bundle_root": root,
