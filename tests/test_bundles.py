@@ -264,6 +264,13 @@ def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, 
     assert "training with averaged weights. Resume with the same config files." in result.stdout
 
 
+@pytest.mark.parametrize("steps", [100, 500, 30000])
+@of_volumes
+def test_the_average_holds_nothing_of_the_initial_weights(name, configs, steps):
+    parser = ConfigParser({**ConfigParser.load_config_file(configs / "modern.json"), "steps": steps})
+    assert (1 - parser.get_parsed_content("ema_momentum")) ** steps < 1e-4
+
+
 class Reads(TorchDispatchMode):
     """Counts what reads a value from a tensor: on a GPU, each waits until all before it is computed."""
 
