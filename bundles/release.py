@@ -1,7 +1,7 @@
 """Build the zip of a bundle that others download and run without this repository.
 
     python bundles/release.py danie_acdc --output_dir dist
-    python bundles/release.py danie_acdc --output_dir dist --name danie_s_acdc --set "{'size': 'small'}"
+    python bundles/release.py danie_synapse --output_dir dist --name danie_s_synapse --set "{'size': 'small'}"
 
 Publish it where ``python -m monai.bundle download --name NAME --bundle_dir .`` finds it:
 
