@@ -296,6 +296,23 @@ def test_a_training_step_reads_nothing_from_the_device(name, configs, data, tmp_
     assert not any(steps[:8] + steps[9:18])
 
 
+@of_volumes
+@pytest.mark.parametrize(("batch_size", "whole"), [(7, True), (1000, False)])
+def test_a_compiled_training_has_whole_batches_alone(name, batch_size, whole, configs, data, tmp_path):
+    """A short batch would be compiled for anew, unless it is all there is."""
+    options = quick(name, bundle_root=str(tmp_path), dataset_dir=str(data), batch_size=batch_size)
+    lengths = []
+    for compiled in (False, True):
+        parser = ConfigParser()
+        parser.read_config(f"{configs}/train.json")
+        parser.update({**options, "compile": compiled})
+        loader = parser.get_parsed_content("train#dataloader")
+        lengths.append([len(batch["image"]) for batch in loader])
+    slices = len(loader.dataset)
+    assert sum(lengths[0]) == slices and slices % batch_size
+    assert lengths[1] == ([batch_size] * (slices // batch_size) if whole else [slices])
+
+
 @samples
 def test_runs_from_the_bundle_s_own_folder(name, trained, configs, one_case, run_bundle, tmp_path):
     root = tmp_path / "elsewhere"

@@ -43,8 +43,7 @@ def main(
     parser = ConfigParser()
     parser.read_config(ROOT / "bundles" / bundle / "configs" / "train.json")
     own = {"dataset_dir": dataset_dir, "num_workers": num_workers, "start_from": "", "output_dir": tempfile.mkdtemp()}
-    whole = {"train#dataloader#drop_last": True}  # a compiled network is compiled anew for a short batch
-    parser.update({**own, **whole, **overrides})
+    parser.update({**own, **overrides})
     loader: DataLoader = parser.get_parsed_content("train#dataloader")
     trainer = parser.get_parsed_content("train#trainer")
     device, batch_size = parser.get_parsed_content("device"), parser.get_parsed_content("batch_size")
