@@ -6,7 +6,8 @@
 ``paper`` is the bundle's own recipe, that of its network's paper. ``modern`` is its ``modern.json`` over it: AdamW with
 warm-up and cosine, larger batches, averaged weights, stronger augmentation, bfloat16 on a GPU. A peer takes the
 network's place by ``network_def`` alone. Any other word is an override of both configs, such as ``--image_size 224``;
-one of training alone goes in by ``--train "{'batch_size': 8}"``.
+one of training alone goes in by ``--train "{'batch_size': 8}"``. ``--first "{'epochs': 20, 'image_size': 128}"`` is
+what a training before it has otherwise, from whose weights it starts.
 
 Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``, which is refused under other options. The
 same command takes up a broken-off table: what has its scores is not run again, and a training goes on after the last
@@ -86,8 +87,44 @@ def score(folder: Path) -> dict[str, float]:
     return {"mean dice": fmean(value for name, value in means.items() if "dice" in name), **means}
 
 
+def fit(root: Path, configs: list[Path], options: dict[str, Any]) -> dict[str, float]:
+    """Train one network, or take up what an earlier call left in ``root``.
+
+    Args:
+        root: the training's folder.
+        configs: of the training.
+        options: their overrides.
+
+    Returns:
+        ``slices`` that it saw, and ``seconds`` that it took.
+
+    Raises:
+        ValueError: when ``root`` was made by other options.
+        RuntimeError: when it fails.
+    """
+    file, last = root / "training.json", root / "models" / "last.ckpt"
+    asked = json.loads(json.dumps(options, default=str))
+    state = json.loads(file.read_text()) if file.exists() else {"asked": asked, "seconds": 0.0}
+    if state["asked"] != asked or (last.exists() and "started" not in state):
+        raise ValueError(f"{root} was trained by other options: remove it, or name another output_dir.")
+    if "slices" in state:
+        return state
+    root.mkdir(parents=True, exist_ok=True)
+    if last.exists():
+        state["seconds"] += max(0.0, last.stat().st_mtime - state["started"])
+    state["started"] = time.time()
+    file.write_text(json.dumps(state))
+    bundle_run("training", configs, root / "training.log", bundle_root=root, resume=last.exists(), **options)
+    (slices,) = re.findall(r"(\d+) slices an epoch", (root / "training.log").read_text())
+    state["slices"] = options["epochs"] * int(slices)
+    state["seconds"] += time.time() - state["started"]
+    file.write_text(json.dumps(state))
+    last.unlink()
+    return state
+
+
 def run(
-    root: Path, bundle: str, recipe: str, seed: int, epochs: int, train: dict[str, Any], both: dict[str, Any]
+    root: Path, bundle: str, recipe: str, both: dict[str, Any], training: dict[str, Any], first: dict[str, Any]
 ) -> dict[str, float]:
     """Train and evaluate one network, or take up what an earlier call left in ``root``.
 
@@ -95,10 +132,9 @@ def run(
         root: the training's folder.
         bundle: whose configs.
         recipe: ``paper`` or ``modern``.
-        seed: of the training.
-        epochs: of the training.
-        train: overrides of the training alone.
         both: overrides of training and evaluation.
+        training: overrides of the training alone.
+        first: what a training before it has otherwise, from whose weights it starts; empty for none.
 
     Returns:
         Its scores, minutes and slices per second.
@@ -112,32 +148,18 @@ def run(
         "paper": [configs / "train.json"],
         "modern": [configs / "train.json", configs / "modern.json"],
     }
-    file, last = root / "accuracy.json", root / "models" / "last.ckpt"
-    asked = json.loads(json.dumps({"epochs": epochs, "train": train, **both}, default=str))
-    state = json.loads(file.read_text()) if file.exists() else {"asked": asked, "seconds": 0.0}
-    if state["asked"] != asked:
-        raise ValueError(f"{root} was trained by other options: remove it, or name another output_dir.")
-    if "scores" in state:
-        return state["scores"]
-    root.mkdir(parents=True, exist_ok=True)
-    if last.exists():
-        if "started" not in state:
-            raise ValueError(f"{root} holds a training of unknown options: remove it, or name another output_dir.")
-        state["seconds"] += max(0.0, last.stat().st_mtime - state["started"])
-    state["started"] = time.time()
-    file.write_text(json.dumps(state))
-    both = {"bundle_root": root, **both}
-    options = {"seed": seed, "epochs": epochs, **both, **train, "resume": last.exists()}
-    bundle_run("training", recipes[recipe], root / "training.log", **options)
-    seconds = state["seconds"] + time.time() - state["started"]
-    scoring = {"split": "validation", "metrics": ["hd95"], **both}
-    bundle_run("evaluating", [configs / "evaluate.json"], root / "evaluating.log", **scoring)
-    (slices,) = re.findall(r"(\d+) slices an epoch", (root / "training.log").read_text())
-    speed = {"minutes": seconds / 60, "slices/s": epochs * int(slices) / seconds}
-    state["scores"] = {**score(root / "eval"), **speed}
-    file.write_text(json.dumps(state))
-    last.unlink()
-    return state["scores"]
+    options, before = {**both, **training}, {"slices": 0.0, "seconds": 0.0}
+    if first:
+        before = fit(root / "first", recipes[recipe], {**options, **first})
+        options["start_from"] = root / "first" / "models" / "model.pt"
+    trained = fit(root, recipes[recipe], options)
+    file = root / "scores.json"
+    if not file.exists():
+        scoring = {"bundle_root": root, "split": "validation", "metrics": ["hd95"], **both}
+        bundle_run("evaluating", [configs / "evaluate.json"], root / "evaluating.log", **scoring)
+        file.write_text(json.dumps(score(root / "eval")))
+    slices, seconds = (trained[name] + before[name] for name in ("slices", "seconds"))
+    return {**json.loads(file.read_text()), "minutes": seconds / 60, "slices/s": slices / seconds}
 
 
 def main(
@@ -149,6 +171,7 @@ def main(
     epochs: int = 400,
     output_dir: str = "accuracy",
     train: dict[str, Any] | None = None,
+    first: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> None:
     """Train, evaluate and print the table.
@@ -162,6 +185,7 @@ def main(
         epochs: of each training.
         output_dir: where the trainings' folders go.
         train: overrides of the training alone.
+        first: what a training before it has otherwise, from whose weights it starts.
         overrides: of training and evaluation.
     """
     rows = []
@@ -169,7 +193,8 @@ def main(
         for seed in (seeds,) if isinstance(seeds, int) else seeds:
             root = Path(output_dir).resolve() / f"{bundle}_{recipe}_{name.replace(' ', '_')}_{seed}"
             both = {"dataset_dir": Path(dataset_dir).resolve(), **NETWORKS[name], **overrides}
-            rows.append((name, str(seed), run(root, bundle, recipe, seed, epochs, train or {}, both)))
+            training = {"seed": seed, "epochs": epochs, **(train or {})}
+            rows.append((name, str(seed), run(root, bundle, recipe, both, training, first or {})))
     columns = list(dict.fromkeys(key for *_, scores in rows for key in scores))
     cells = [[name, seed, *(f"{scores.get(key, float('nan')):.4g}" for key in columns)] for name, seed, scores in rows]
     print(f"\n{bundle}, {recipe} recipe, validation cases, from scratch\n")
