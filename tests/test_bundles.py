@@ -297,20 +297,25 @@ def test_a_training_step_reads_nothing_from_the_device(name, configs, data, tmp_
 
 
 @of_volumes
-@pytest.mark.parametrize(("batch_size", "whole"), [(7, True), (1000, False)])
-def test_a_compiled_training_has_whole_batches_alone(name, batch_size, whole, configs, data, tmp_path):
-    """A short batch would be compiled for anew, unless it is all there is."""
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("batch_size", [7, 60, 1000])
+def test_a_compiled_training_has_whole_batches_alone(name, batch_size, processes, configs, data, tmp_path):
+    """A short batch would be compiled for anew, unless it is all that a process has."""
     options = quick(name, bundle_root=str(tmp_path), dataset_dir=str(data), batch_size=batch_size)
+    files = [f"{configs}/train.json"]
+    if processes > 1:
+        files.append(f"{configs}/multi_gpu_train.json")
+        options |= {"train#sampler#num_replicas": processes, "train#sampler#rank": 0}
     lengths = []
     for compiled in (False, True):
         parser = ConfigParser()
-        parser.read_config(f"{configs}/train.json")
+        parser.read_config(files)
         parser.update({**options, "compile": compiled})
         loader = parser.get_parsed_content("train#dataloader")
         lengths.append([len(batch["image"]) for batch in loader])
-    slices = len(loader.dataset)
+    slices = len(loader.dataset) // processes
     assert sum(lengths[0]) == slices and slices % batch_size
-    assert lengths[1] == ([batch_size] * (slices // batch_size) if whole else [slices])
+    assert lengths[1] == ([batch_size] * (slices // batch_size) or [slices])
 
 
 @samples

@@ -5,9 +5,10 @@
 
 ``paper`` is the bundle's own recipe, that of its network's paper. ``modern`` is its ``modern.json`` over it: AdamW with
 warm-up and cosine, larger batches, averaged weights, stronger augmentation, bfloat16 on a GPU. A peer takes the
-network's place by ``network_def`` alone. Any other word is an override of both configs, such as ``--image_size 224``;
-one of training alone goes in by ``--train "{'batch_size': 8}"``. ``--first "{'epochs': 20, 'image_size': 128}"`` is
-what a training before it has otherwise, from whose weights it starts.
+network's place by ``network_def`` alone; SwinUNETR needs ``pip install einops``. Any other word is an override of both
+configs, such as ``--image_size 224``; one of training alone goes in by ``--train "{'batch_size': 8}"``.
+``--first "{'epochs': 20, 'image_size': 128}"`` is what a training before it has otherwise, from whose weights it
+starts.
 
 Each training leaves its folder, ``output_dir/BUNDLE_RECIPE_NETWORK_SEED``, which is refused under other options. The
 same command takes up a broken-off table: what has its scores is not run again, and a training goes on after the last
