@@ -256,7 +256,7 @@ class Checkpoints:
 
 
 class ProgressBar:
-    """A progress bar per epoch with the loss, slices per second and, from the first on, the last validation's score.
+    """A progress bar per epoch with the loss, the last validation's key metric and slices per second.
 
     Args:
         evaluator: the validation engine.
@@ -274,12 +274,13 @@ class ProgressBar:
         loss = RunningAverage(alpha=0.9, output_transform=from_engine(["loss"], first=True))
         loss.attach(trainer, "loss", MetricUsage(Events.STARTED, due, due))
         Frequency(lambda output: len(output[0]["image"])).attach(trainer, "slices/s", due)
+        trainer.state.metrics["dice"] = float("nan")  # none yet
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note_score)
         if trainer.state.rank == 0:
             bar = IgniteProgressBar(persist=True, desc="Epoch")
             bar.attach(
                 trainer,
-                metric_names="all",
+                metric_names=["loss", "dice", "slices/s"],
                 event_name=due,
                 closing_event_name=Events.EPOCH_COMPLETED,
             )
