@@ -255,6 +255,13 @@ class Checkpoints:
                 raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
+class _Speed(Frequency):
+    """ignite's frequency to a tenth: its whole numbers are 0 or 1 on many a CPU."""
+
+    def completed(self, engine: Engine, name: str) -> None:
+        engine.state.metrics[name] = round(self.compute(), 1)
+
+
 class ProgressBar:
     """A progress bar per epoch with the loss, the last validation's key metric and slices per second.
 
@@ -273,7 +280,7 @@ class ProgressBar:
         due: Any = Events.ITERATION_COMPLETED(event_filter=self._is_due)
         loss = RunningAverage(alpha=0.9, output_transform=from_engine(["loss"], first=True))
         loss.attach(trainer, "loss", MetricUsage(Events.STARTED, due, due))
-        Frequency(lambda output: len(output[0]["image"])).attach(trainer, "slices/s", due)
+        _Speed(lambda output: len(output[0]["image"])).attach(trainer, "slices/s", due)
         trainer.state.metrics["dice"] = float("nan")  # none yet
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._note_score)
         if trainer.state.rank == 0:
