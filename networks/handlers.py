@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 from ignite.handlers import ProgressBar as IgniteProgressBar
 from ignite.metrics import Average, Frequency, RunningAverage
 from ignite.metrics.metric import MetricUsage
@@ -23,13 +24,14 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .errors import DataError
 from .files import whole_file, write_csv
 from .runs import differences, network_values
 from .weights import load_state_dict, read_tensors
 
-__all__ = ["Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "WholeOutput", "read_history"]
+__all__ = ["EMA", "Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "WholeOutput", "read_history"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,34 @@ class EpochSeed:
         set_rnd(getattr(trainer.data_loader, "dataset", None), int(drawn[0]))
 
 
+class EMA(EMAHandler):
+    """ignite's moving average of weights and buffers, all tensors at once instead of two kernels for each.
+
+    After each step ``average = (1 - momentum) * average + momentum * network``; buffers of whole numbers are copied.
+    The networks here have hundreds of small tensors: for DANIE-S, a step's update is 89 operations instead of 2708.
+
+    Args:
+        model: the network that is trained; its average is ``ema_model``.
+        momentum: above 0 and below 1.
+
+    Raises:
+        ValueError: when ``momentum`` is not.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        super().__init__(model, momentum, handle_buffers="update")
+        average, current = ([*net.parameters(), *net.buffers()] for net in (self.ema_model, self.model))
+        pairs = list(zip(average, current, strict=True))
+        self._weighed = tuple(zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True))
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        get_ema_multi_avg_fn(1 - getattr(engine.state, name))(*self._weighed, 0)
+        for average, current in self._copied:
+            average.copy_(current)
+
+
 class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
@@ -82,8 +112,8 @@ class Checkpoints:
         optimizer: its optimiser.
         evaluator: the validation engine, whose key metric decides.
         resume: start from ``last.ckpt``.
-        averaged: a network of averaged weights, such as ``ignite.handlers.EMAHandler`` keeps; ``model.pt`` is of it
-            then, and ``last.ckpt`` has both.
+        averaged: a network of averaged weights, such as :class:`EMA` keeps; ``model.pt`` is of it then, and
+            ``last.ckpt`` has both.
         schedule: of the learning rate, a function of the step as ``LambdaLR`` and MONAI's are. A resumed training goes
             on at its step, towards the end that the config says then.
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run, save_random
-from ignite.engine import Events
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import FIAS
 from networks.datasets import cases
+from networks.handlers import EMA
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
 SAMPLES = ["fias_acdc", "danie_glas"]
@@ -263,6 +265,28 @@ def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, 
     result = run_bundle("training", f"{configs}/train.json", check=False, **options)
     assert result.returncode == 1
     assert "training with averaged weights. Resume with the same config files." in result.stdout
+
+
+def test_the_average_is_that_of_ignite():
+    """Also of a batch normalisation's statistics, whose count of batches is a whole number."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def step(engine: Engine, image: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        network(image).square().sum().backward()
+        optimizer.step()
+
+    trainer = Engine(step)
+    handlers = EMA(network, momentum=0.3), EMAHandler(network, momentum=0.3, handle_buffers="update")
+    for handler in handlers:
+        handler.attach(trainer, warn_if_exists=False)
+    trainer.run(torch.randn(5, 2, 1, 8, 8))
+    ours, theirs = (handler.ema_model.state_dict() for handler in handlers)
+    torch.testing.assert_close(ours, theirs)
+    assert ours["1.num_batches_tracked"] == 5 and not torch.equal(ours["0.weight"], network[0].weight)
+    with pytest.raises(ValueError, match="Invalid momentum"):
+        EMA(network, momentum=1.0)
 
 
 @pytest.mark.parametrize("steps", [100, 500, 30000])
