@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -17,6 +21,9 @@ from networks import FIAS
 ROOT = Path(__file__).parent.parent
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(THREADS)}  # of the processes below
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,12 +44,41 @@ def run(
     *command: str, cwd: Path = ROOT, check: bool = True, threads: int = THREADS, path: Path | str = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """Run a command line with ``path`` importable, by default this tree; its output in one string."""
-    env = {**os.environ, "PYTHONPATH": str(path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
     result = subprocess.run([sys.executable, *command], cwd=cwd, env=env, **pipes)
     if check and result.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
     return result
+
+
+def bundle_runner(*arguments: str, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """``python -m monai.bundle`` in a fork of a process that has done its many seconds of imports."""
+    with NamedTemporaryFile("r", encoding="utf-8", errors="replace") as output:
+        process = processes.Process(target=_bundle_runner, args=(arguments, cwd, output.name))
+        process.start()
+        process.join()
+        result = subprocess.CompletedProcess(arguments, process.exitcode, output.read())
+    if check and result.returncode:
+        raise AssertionError(f"{' '.join(arguments)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
+    return result
+
+
+def _bundle_runner(arguments: tuple[str, ...], cwd: Path, output: str) -> None:
+    """What the interpreter does for a command line, in the new process."""
+    with open(output, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
+    sys.argv = ["monai.bundle", *arguments]
+    try:
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def random_heads(network: nn.Module) -> nn.Module:
@@ -83,12 +119,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_bundle() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``run_bundle(run_id, config_file, check=True, **overrides)`` by ``python -m monai.bundle run``."""
+    """``run_bundle(run_id, config_file, check=True, **overrides)`` by :func:`bundle_runner`."""
 
     def run_bundle(
         run_id: str, config: str, check: bool = True, cwd: Path = ROOT, **overrides: object
     ) -> subprocess.CompletedProcess[str]:
         arguments = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]
-        return run("-m", "monai.bundle", "run", run_id, "--config_file", config, *arguments, cwd=cwd, check=check)
+        return bundle_runner("run", run_id, "--config_file", config, *arguments, cwd=cwd, check=check)
 
     return run_bundle

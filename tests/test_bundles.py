@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, save_random
+from conftest import ROOT, bundle_runner, run, save_random
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from monai.bundle import ConfigParser, ConfigWorkflow
@@ -587,7 +587,7 @@ def test_metadata_tells_what_the_network_gives(configs):
 
 def bundle_command(command: str, configs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     files = ["--meta_file", f"{configs}/metadata.json", "--config_file", f"{configs}/inference.json"]
-    return run("-m", "monai.bundle", command, "network_def", *files, *arguments)
+    return bundle_runner(command, "network_def", *files, *arguments)
 
 
 @samples

@@ -14,15 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, processes
 from monai.bundle import ConfigWorkflow
 
 from networks import DataError
 from networks.datasets import cases
 from networks.handlers import Checkpoints
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
 
 
 def train(root: str, data: str, resume: bool, recipe: str = "paper", **overrides: object) -> None:
