@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
+def succeeded(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    """A command's result, or an AssertionError with the end of its output."""
+    assert not result.returncode, f"{' '.join(result.args)} ended with {result.returncode}:\n{result.stdout[-6000:]}"
+    return result
+
+
 def run(
     *command: str, cwd: Path = ROOT, check: bool = True, threads: int = THREADS, path: Path | str = ROOT
 ) -> subprocess.CompletedProcess[str]:
@@ -47,9 +53,7 @@ def run(
     env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": str(threads)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
     result = subprocess.run([sys.executable, *command], cwd=cwd, env=env, **pipes)
-    if check and result.returncode:
-        raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
-    return result
+    return succeeded(result) if check else result
 
 
 def bundle_runner(*arguments: str, cwd: Path = ROOT, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -59,9 +63,7 @@ def bundle_runner(*arguments: str, cwd: Path = ROOT, check: bool = True) -> subp
         process.start()
         process.join()
         result = subprocess.CompletedProcess(arguments, process.exitcode, output.read())
-    if check and result.returncode:
-        raise AssertionError(f"{' '.join(arguments)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
-    return result
+    return succeeded(result) if check else result
 
 
 def _bundle_runner(arguments: tuple[str, ...], cwd: Path, output: str) -> None:
