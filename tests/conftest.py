@@ -74,6 +74,7 @@ def _bundle_runner(arguments: tuple[str, ...], cwd: Path, output: str) -> None:
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
     sys.argv = ["monai.bundle", *arguments]
+    sys.path.insert(0, str(cwd))
     try:
         runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
     except Exception as error:
