@@ -1,4 +1,4 @@
-"""Networks trained from scratch through a bundle's configs, by one recipe, and scored on its validation cases.
+"""Networks trained through a bundle's configs, by one recipe, and scored on its validation cases.
 
     python tests/benchmarks/accuracy.py DATASET_DIR [--bundle fias_acdc] [--recipe modern] [--networks FIAS,DynUNet]
         [--seeds 0,1] [--epochs 400] [--output_dir accuracy]
@@ -198,7 +198,8 @@ def main(
             rows.append((name, str(seed), run(root, bundle, recipe, both, training, first or {})))
     columns = list(dict.fromkeys(key for *_, scores in rows for key in scores))
     cells = [[name, seed, *(f"{scores.get(key, float('nan')):.4g}" for key in columns)] for name, seed, scores in rows]
-    print(f"\n{bundle}, {recipe} recipe, validation cases, from scratch\n")
+    start = (train or {}).get("start_from", "scratch")
+    print(f"\n{bundle}, {recipe} recipe, validation cases, from {start}\n")
     print(table(["network", "seed", *columns], cells))
 
 
