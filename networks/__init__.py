@@ -8,7 +8,7 @@ from .fias import FIAS
 from .folding import prepare_for_inference
 from .inference import check_shares
 from .losses import SubsetSumLoss
-from .runs import check_config, record_run
+from .runs import check_config, leave_process_group, record_run
 from .weights import load_matching, load_torchscript, load_weights
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "prepare_for_inference",
     "handlers",
     "inference",
+    "leave_process_group",
     "load_matching",
     "load_torchscript",
     "load_weights",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import platform
 import re
@@ -20,7 +22,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from .errors import DataError
 from .files import whole_file
 
-__all__ = ["check_config", "differences", "network_values", "record_run"]
+__all__ = ["check_config", "differences", "leave_process_group", "network_values", "record_run"]
 
 NETWORK_VALUES = ("in_channels", "num_classes", "size", "image_size", "field_of_view", "intensity")
 """What weights are trained for: the network and what it sees. Evaluation and inference need the same."""
@@ -138,6 +140,17 @@ def record_run(output_dir: str | Path, name: str, cases: Sequence[Mapping[str, A
         _write(folder / f"{name}_cases.json", cases)
         _write(target, config)
     return target
+
+
+def leave_process_group() -> None:
+    """Wait for the run's other processes and leave them; gloo's threads then end before the interpreter shuts down.
+
+    ``DistributedDataParallel`` keeps them, and the run, of many references in circles, keeps it. One that frees a
+    tensor while the interpreter shuts down aborts its process, and torchrun takes a finished training for a failed one.
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    atexit.register(gc.collect)  # not now: the run that calls this still holds its network
 
 
 def _write(file: Path, content: Any) -> None:

@@ -416,6 +416,30 @@ def test_two_processes_train_to_one_model(name, validation, configs, data, run_b
     np.testing.assert_allclose(float(epoch["score"]), np.mean(dice), rtol=1e-3)
 
 
+def test_threads_of_processes_together_end_before_the_interpreter_does(tmp_path):
+    """As it shuts down, one that frees a tensor would abort a process whose training is done."""
+    script = """
+import atexit, pathlib, monai.bundle
+def threads():
+    print("threads", *(file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")))
+atexit.register(threads)  # called last
+monai.bundle.run("training", config_file="config.json")
+threads()
+"""
+    group = f"$torch.distributed.init_process_group('gloo', 'file://{tmp_path}/store', rank=0, world_size=1)"
+    config = {
+        "imports": ["$import torch", "$import networks"],
+        "network": {"_target_": "torch.nn.parallel.DistributedDataParallel", "module": "$torch.nn.Linear(1, 1)"},
+        "initialize": group,
+        "training": "$@network(torch.ones(1, 1)).sum().backward()",
+        "finalize": "$networks.leave_process_group()",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    output = run("-c", script, cwd=tmp_path).stdout
+    after_the_run, at_the_end = (line for line in output.splitlines() if line.startswith("threads"))
+    assert "gloo" in after_the_run and "gloo" not in at_the_end
+
+
 @of_volumes
 def test_federated_training_s_client_takes_the_bundle(name, configs, data, tmp_path):
     """NVFlare runs MONAI's client, which adds values of its own to the config."""
