@@ -1,4 +1,4 @@
-"""What a bundle's run is made of: its config checked before, and kept beside its results."""
+"""Around a bundle's run: its config checked before, and kept beside its results; its processes parted after."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def leave_process_group() -> None:
     """Wait for the run's other processes and leave them; gloo's threads then end before the interpreter shuts down.
 
     ``DistributedDataParallel`` keeps them, and the run, of many references in circles, keeps it. One that frees a
-    tensor while the interpreter shuts down aborts its process, and torchrun takes a finished training for a failed one.
+    tensor while the interpreter shuts down may abort its process: torchrun takes a finished training for a failed one.
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
