@@ -2,6 +2,8 @@
 
 A layout is one way in which images and labels lie in folders, with its split; :func:`cases` reads any by name. A case
 is ``{"id", "image", "label"}``, and ``"label_values"`` where the files hold other numbers than the bundles' classes.
+What lies there and is left out is named in the log, and in the run's record. Files whose names begin with a dot are the
+system's own, and no cases.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from typing import Any
 
 from monai.data import load_decathlon_datalist
 
-from .dicom import is_series
+from .dicom import has_image, is_series
 from .errors import DataError, check_option
+from .readers import PICTURES, SERIES, VOLUMES
 
 __all__ = [
     "ACDC_SPLIT",
@@ -28,11 +31,10 @@ __all__ = [
     "BTCV_SPLIT",
     "LAYOUTS",
     "PAPERS",
-    "PICTURES",
-    "SERIES",
     "SPLITS",
-    "VOLUMES",
+    "Cases",
     "cases",
+    "folder_of",
     "image_files",
 ]
 
@@ -42,11 +44,11 @@ Case = dict[str, Any]
 Splits = dict[str, list[Case]]
 
 SPLITS = ("train", "validation", "test")
-VOLUMES = (".nii.gz", ".nii")
-SERIES = ".dcm"
-"""Among the endings of image files, stands for folders of DICOM files, whatever their names: each is one image."""
+LEFT_OUT = "left out"
+"""Beside the splits, a layout lists here ``{"file", "why"}`` of what it does not take."""
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
+UNREAD = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr", ".img", ".tif", ".tiff", ".gif", ".webp", ".svs")
+"""Endings of images in formats that are not read."""
 
 ACDC_SPLIT = {
     "validation": (19, 21, 29, 33, 41, 50, 61, 71, 76, 80),
@@ -69,7 +71,20 @@ MASK_LABELS = {0: 0, 255: 1}
 INSTANCE_LABELS = {0: 0, **{raw: 1 for raw in range(1, 256)}}
 
 
-def cases(layout: str, dataset_dir: str | Path, split: str) -> list[Case]:
+class Cases(list[Case]):
+    """Cases, and what was found beside them and left out.
+
+    Args:
+        cases: the cases.
+        left_out: ``{"file", "why"}`` each.
+    """
+
+    def __init__(self, cases: Iterable[Case] = (), left_out: Iterable[Mapping[str, str]] = ()) -> None:
+        super().__init__(cases)
+        self.left_out = [dict(entry) for entry in left_out]
+
+
+def cases(layout: str, dataset_dir: str | Path, split: str) -> Cases:
     """Cases of one split of a dataset.
 
     Args:
@@ -93,6 +108,7 @@ def cases(layout: str, dataset_dir: str | Path, split: str) -> list[Case]:
         raise DataError(f"{root} does not exist. Set dataset_dir to where the dataset was unpacked.")
     base = layout.removesuffix("_papers")
     splits = LAYOUTS[base](root)
+    left_out = splits.pop(LEFT_OUT, [])
     seen: dict[str, Case] = {}
     for name in SPLITS:
         for case in splits.get(name, []):
@@ -109,44 +125,92 @@ def cases(layout: str, dataset_dir: str | Path, split: str) -> list[Case]:
     if split == "train" and not splits.get("test"):
         logger.warning(f"{root} holds no test cases: going on without them.")
     for case in splits[split]:
-        if not Path(case["label"]).is_file():
-            raise DataError(f"{case['image']} has no label: expected {case['label']}.")
-    return sorted(splits[split], key=lambda case: _natural(case["id"]))
+        label = Path(case["label"])
+        if not label.is_file() and not label.is_dir():
+            endings = _either(VOLUMES if label.name.lower().endswith(VOLUMES) else PICTURES)
+            raise DataError(f"{case['image']} has no label: expected {label}, by any ending of {endings}.")
+    _tell(root, left_out)
+    return Cases(sorted(splits[split], key=lambda case: _natural(case["id"])), left_out)
 
 
-def image_files(
-    folder: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES), ignore: Sequence[str] = ()
-) -> list[Case]:
-    """Every image in a folder and its subfolders, linked ones too, for inference.
+def folder_of(place: str | Path) -> Path:
+    """The folder of the images at a place: itself, or that of the one file."""
+    path = Path(place)
+    return path.parent if path.is_file() else path
+
+
+def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES), ignore: Sequence[str] = ()) -> Cases:
+    """Every image in a folder and its subfolders, linked ones too, for inference; or one image file.
 
     Args:
-        folder: where to look.
-        suffixes: endings of the files to take; with :data:`SERIES` also each folder of DICOM files.
+        place: the folder or file. A file that is named here is taken, whatever its name.
+        suffixes: endings of the files to take; with :data:`networks.readers.SERIES` also each folder of DICOM files.
         ignore: patterns of names to leave out, such as ``"*_gt.nii.gz"``.
 
     Returns:
-        ``{"id": name, "image": path}`` per file or series, sorted.
+        ``{"id": name, "image": path}`` per file or series, sorted. Images that were left out by their names, formats
+        or rights are in its ``left_out``, and in the log.
 
     Raises:
-        DataError: when there is no such folder, no image in it, or two of one name but for the ending.
+        DataError: when there is no such place, no image in it, or two of one name but for the ending.
     """
-    folder = Path(folder)
+    folder = Path(place)
+    if folder.is_file():
+        return Cases([{"id": _stem(folder), "image": str(folder)}])
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Set dataset_dir to the folder of the images to segment.")
+        raise DataError(f"{folder} does not exist. Set dataset_dir to the folder or the file to segment.")
     endings = tuple(s for s in suffixes if s != SERIES)
-    below = list(_below(folder))
-    found = {p: _stem(p) for p in below if p.name.lower().endswith(endings) and not p.name.startswith(".")}
-    if SERIES in suffixes:
-        found |= {p: p.resolve().name for p in (folder, *below) if is_series(p)}
-    taken = sorted(p for p in found if not any(fnmatch(p.name, pattern) for pattern in ignore))
+    left_out: list[dict[str, str]] = []
+    found: dict[Path, str] = {}
+    for path in (folder, *_below(folder, left_out)):
+        name = path.name.lower()
+        why = None
+        if path.is_dir():
+            if SERIES in suffixes and (why := _why_no_series(path)) is None:
+                found[path] = path.resolve().name
+        elif name.endswith((*VOLUMES, *PICTURES, *UNREAD)) and not name.startswith("."):
+            pattern = next((pattern for pattern in ignore if fnmatch(path.name, pattern)), None)
+            if pattern is not None:
+                why = f"named like {pattern}"
+            elif not name.endswith(endings):
+                why = "of a format that this bundle does not read"
+            elif not path.is_file():
+                why = "a link to nothing"
+            else:
+                found[path] = _stem(path)
+        if why:
+            left_out.append({"file": str(path), "why": why})
+    taken = sorted(found)
+    _tell(folder, left_out)
     if not taken:
-        raise DataError(f"No images in {folder}: expected {_either(suffixes)} files there or in its subfolders.")
+        raise DataError(
+            f"No images in {folder}: expected {_either(suffixes)} files there or in its subfolders."
+            + (f" {len(left_out)} were left out: {left_out[0]['file']} is {left_out[0]['why']}." if left_out else "")
+        )
     named: dict[tuple[Path, str], Path] = {}
     for path in taken:
         other = named.setdefault((path.parent, found[path]), path)
         if other != path:
             raise DataError(f"{other} and {path} would have one label map, by their name. Rename or remove one.")
-    return [{"id": found[path], "image": str(path)} for path in taken]
+    return Cases([{"id": found[path], "image": str(path)} for path in taken], left_out)
+
+
+def _why_no_series(folder: Path) -> str | None:
+    """Why a folder that holds DICOM files is no image; None where it is one, and empty where it holds none."""
+    try:
+        if not is_series(folder):
+            return ""
+        return None if has_image(folder) else "a folder of DICOM files without an image"
+    except OSError as error:
+        return f"not to be read ({Path(error.filename or folder).name}: {error.strerror})"
+
+
+def _tell(place: Path, left_out: Sequence[Mapping[str, str]], most: int = 5) -> None:
+    """Name in the log what is left out, by its reason."""
+    for why, count in Counter(entry["why"] for entry in left_out).items():
+        files = [Path(entry["file"]).name for entry in left_out if entry["why"] == why]
+        more = f" and {count - most} more" if count > most else ""
+        logger.warning(f"{place}: {count} left out, {why}: {', '.join(files[:most])}{more}")
 
 
 def _acdc(root: Path) -> Splits:
@@ -162,14 +226,16 @@ def _acdc(root: Path) -> Splits:
                 f"No images in {patient}: expected {patient.name}_frameMM.nii.gz, end-diastole and end-systole."
             )
         if split:
-            splits[split] += [_case(image, _beside(image, "_gt", VOLUMES)) for image in images]
+            splits[split] += [_case(image, _named(patient, f"{_stem(image)}_gt", VOLUMES)) for image in images]
+        else:
+            splits.setdefault(LEFT_OUT, []).append({"file": str(patient), "why": "in none of the split's lists"})
     return splits
 
 
 def _btcv(root: Path) -> Splits:
     for images, labels in (("img", "label"), ("imagesTr", "labelsTr")):
         places = [images, f"Training/{images}", f"RawData/Training/{images}"]
-        folder = _first(root, places, "img[0-9][0-9][0-9][0-9].nii*")
+        folder = _first(root, places, "img[0-9][0-9][0-9][0-9].*")
         if folder:
             break
     else:
@@ -181,6 +247,8 @@ def _btcv(root: Path) -> Splits:
         if split:
             label = _named(folder.parent / labels, f"label{number}", VOLUMES)
             splits[split].append(_case(image, label, BTCV_LABELS))
+        else:
+            splits.setdefault(LEFT_OUT, []).append({"file": str(image), "why": "in none of the split's lists"})
     return splits
 
 
@@ -223,7 +291,8 @@ def _glas(root: Path) -> Splits:
     for image in _files(folder, PICTURES, r"(train|testA|testB)_\d+"):
         part, number = _stem(image).split("_")
         split = "test" if part != "train" else "train" if int(number) % 5 else "validation"
-        splits[split].append(_case(image, _beside(image, "_anno", PICTURES), INSTANCE_LABELS))
+        own = (image.name[len(_stem(image)) :].lower(), *PICTURES)
+        splits[split].append(_case(image, _named(image.parent, f"{_stem(image)}_anno", own), INSTANCE_LABELS))
     return splits
 
 
@@ -232,14 +301,20 @@ def _folder(root: Path) -> Splits:
     images, labels = root / "images", root / "labels"
     if not (images.is_dir() and labels.is_dir()):
         return {}
-    suffixes = (*VOLUMES, *PICTURES)
-    found = [_case(image, _named(labels, _stem(image), suffixes)) for image in _files(images, suffixes, ".*")]
+    found, left_out = [], []
+    for image in _entries(images):
+        name = image.name.lower()
+        if kind := next((kind for kind in (VOLUMES, PICTURES) if name.endswith(kind)), None):
+            found.append(_case(image, _named(labels, _stem(image), kind)))
+        elif name.endswith(UNREAD) or image.is_dir():
+            left_out.append({"file": str(image), "why": "of a format that is not read here"})
     random.Random(0).shuffle(found)
     validation, test = (max(1, round(share * len(found))) if len(found) > 2 else 0 for share in (0.1, 0.2))
     return {
         "validation": found[:validation],
         "test": found[validation : validation + test],
         "train": found[validation + test :],
+        LEFT_OUT: left_out,
     }
 
 
@@ -257,6 +332,12 @@ def _datalist(root: Path) -> Splits:
         entries = keys.get(key, []) if isinstance(keys, dict) else []
         if all(isinstance(entry, dict) and {"image", "label"} <= entry.keys() for entry in entries) and entries:
             loaded = load_decathlon_datalist(str(root), True, key, root.parent)
+            several = next((v for entry in loaded for v in entry.values() if isinstance(v, (list, tuple))), None)
+            if several:
+                raise DataError(
+                    f"{root} names several files for one image: {', '.join(map(str, several))}. Write their channels "
+                    "into one file, X, Y, Z, channel."
+                )
             splits[split] = [_case(Path(entry["image"]), Path(entry["label"])) for entry in loaded]
     listed = [case for found in splits.values() for case in found]
     names = Counter(stem for stem, _ in {(case["id"], case["image"]) for case in listed})
@@ -305,16 +386,24 @@ _EXPECTED = {
 _EXPECTED["isic2018_bcdunet"] = _EXPECTED["isic2018"]
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """All files and folders in a folder; each real folder is entered once, by a link only where no other way leads."""
+def _below(folder: Path, left_out: list[dict[str, str]]) -> Iterator[Path]:
+    """All files and folders in a folder; each real folder is entered once, by a link only where no other way leads.
+
+    Folders that cannot be read are added to ``left_out``.
+    """
+
+    def note(error: OSError) -> None:
+        left_out.append({"file": str(error.filename), "why": f"not to be read ({error.strerror})"})
+
     entered: set[str] = set()
     starts = [folder]
     for start in starts:
-        for root, names, files in os.walk(start):
+        for root, names, files in os.walk(start, onerror=note):
             if (real := os.path.realpath(root)) in entered:
                 names.clear()
                 continue
             entered.add(real)
+            names[:] = [name for name in names if not name.startswith(".")]
             paths = [Path(root, name) for name in (*names, *files)]
             starts += sorted(path for path in paths[: len(names)] if path.is_symlink())
             yield from paths
@@ -337,24 +426,32 @@ def _first(root: Path, places: Sequence[str], content: str) -> Path | None:
     return next((folder for folder in folders if any(folder.glob(content))), None)
 
 
+def _entries(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, sorted; of a folder that bears a volume's name, as some unpack, what lies in it."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.name.lower().endswith(VOLUMES) and path.is_dir():
+            yield from (inner for inner in sorted(path.iterdir()) if not inner.name.startswith("."))
+        else:
+            yield path
+
+
 def _files(folder: Path, suffixes: Sequence[str], stem: str) -> list[Path]:
-    return sorted(
-        p for p in folder.iterdir() if p.name.lower().endswith(tuple(suffixes)) and re.fullmatch(stem, _stem(p))
-    )
+    return [p for p in _entries(folder) if p.name.lower().endswith(tuple(suffixes)) and re.fullmatch(stem, _stem(p))]
 
 
 def _named(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
-    """The file of a name in a folder with any of some suffixes; with the first where there is none."""
+    """The file of a name in a folder with any of some suffixes, in capitals too; with the first where there is none."""
     candidates = [folder / f"{stem}{suffix}" for suffix in suffixes]
-    return next((c for c in candidates if c.is_file()), candidates[0])
-
-
-def _beside(image: Path, postfix: str, suffixes: Sequence[str]) -> Path:
-    return _named(image.parent, _stem(image) + postfix, (image.name[len(_stem(image)) :], *suffixes))
+    if found := next((c for c in candidates if c.is_file()), None):
+        return found
+    others = _files(folder, suffixes, re.escape(stem)) if folder.is_dir() else []
+    return others[0] if others else candidates[0]
 
 
 def _stem(path: Path) -> str:
-    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name)
+    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE)
 
 
 def _natural(name: str) -> list[tuple[str, int]]:

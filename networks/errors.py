@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Collection
 from types import TracebackType
 
-__all__ = ["DataError", "check_option", "explain_errors", "sentence"]
+__all__ = ["DataError", "WriteError", "check_option", "explain_errors", "sentence"]
 
-_ELSEWHERE = "or write elsewhere by --bundle_root, --output_dir, --ckpt_dir."
+_WRITING = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some of your quota",
+    errno.EFBIG: "Raise the limit on file sizes",
+    errno.EROFS: "Mount it for writing",
+}
+"""Errors that only writing can meet, and what to do."""
+
 _REMEDIES = {
-    errno.ENOSPC: f"Free some space, {_ELSEWHERE}",
-    errno.EDQUOT: f"Free some of your quota, {_ELSEWHERE}",
-    errno.EFBIG: f"Raise the limit on file sizes, {_ELSEWHERE}",
-    errno.EACCES: f"Ask for the right to it, {_ELSEWHERE}",
-    errno.EPERM: f"Ask for the right to it, {_ELSEWHERE}",
-    errno.EROFS: f"Mount it for writing, {_ELSEWHERE}",
-    errno.EEXIST: f"Move it away, {_ELSEWHERE}",
-    errno.ENOTDIR: f"Name a folder, {_ELSEWHERE}",
+    **_WRITING,
+    errno.EACCES: "Ask for the right to it",
+    errno.EPERM: "Ask for the right to it",
+    errno.EEXIST: "Move it away",
+    errno.ENOTDIR: "Name a folder",
+    errno.EISDIR: "Name a file",
 }
 
 
@@ -26,8 +32,15 @@ class DataError(ValueError):
     """A file or value that cannot be used: the message names it, what is wrong with it and what to do."""
 
     def __str__(self) -> str:
+        text = super().__str__()
+        if not text.startswith(f"Caught {type(self).__name__} in "):
+            return text
         # A DataLoader's worker passes its errors on as text, below their traceback.
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+        return re.split(rf"^(?:\w+\.)*{type(self).__name__}: ", text, flags=re.MULTILINE)[-1].strip()
+
+
+class WriteError(OSError):
+    """A file that cannot be written: no other can be either, so whatever writes many stops."""
 
 
 def sentence(error: BaseException) -> str | None:
@@ -39,24 +52,32 @@ def sentence(error: BaseException) -> str | None:
         error: any error.
 
     Returns:
-        The sentence of what began it: a :class:`DataError`, a file that is not there, a disk that is full or not to be
-        written to. None for other errors, whose traceback is needed.
+        The sentence of what began it: a :class:`DataError`, a file that is not there, one that cannot be read or
+        written, a disk that is full. None for other errors, whose traceback is needed.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, (DataError, FileNotFoundError)):
             return str(cause)
-        if isinstance(cause, OSError) and cause.errno in _REMEDIES:
-            return f"Cannot write {cause.filename}: {cause.strerror}. {_REMEDIES[cause.errno]}"
+        if isinstance(cause, OSError) and (isinstance(cause, WriteError) or cause.errno in _REMEDIES):
+            return _of_file(cause)
         cause = cause.__cause__
     return None
+
+
+def _of_file(error: OSError) -> str:
+    writing = isinstance(error, WriteError) or error.errno in _WRITING
+    name = "a file" if error.filename is None else error.filename
+    remedy = _REMEDIES.get(error.errno or 0, "Look after the disk")
+    place = "choose another place for it" if writing else "choose another file or folder"
+    return f"Cannot {'write' if writing else 'use'} {name}: {error.strerror or error}. {remedy}, or {place}."
 
 
 def explain_errors() -> None:
     """Let a program that ends on an error that has a :func:`sentence` say that alone.
 
     The bundle runner ends on ``Failed to evaluate ConfigExpression``. Any other error keeps its full traceback. The
-    exit status stays 1.
+    exit status stays 1. Names of files that are not UTF-8 are printed with escapes.
     """
     default = sys.excepthook
 
@@ -68,6 +89,9 @@ def explain_errors() -> None:
             print(f"\nError: {text}", file=sys.stderr)
 
     sys.excepthook = hook
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):  # not of a notebook's
+            reconfigure(errors="backslashreplace")
 
 
 def check_option(name: str, value: str, options: Collection[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +17,14 @@ import torch
 from monai.config import KeysCollection, PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.data.folder_layout import default_name_formatter
-from monai.transforms import LoadImaged, MapTransform, SaveImage, SaveImaged
+from monai.transforms import MapTransform, SaveImage, SaveImaged
 from monai.utils import get_equivalent_dtype
 
-from .datasets import PICTURES, SERIES, VOLUMES
-from .dicom import check_series
-from .errors import DataError
+from .datasets import folder_of
+from .dicom import holds_all_frames
+from .errors import DataError, WriteError
 from .pictures import label_picture
+from .readers import PICTURES, SERIES, VOLUMES, load_nifti, read_image
 
 __all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "SaveLabelMapd", "whole_file", "write_csv"]
 
@@ -31,18 +32,20 @@ __all__ = ["CheckLabeld", "LabelMapWriter", "LoadVolumed", "MapLabelsd", "SaveLa
 MOST_VALUES = 2**31
 """Values of the largest volume that is read: 8 GB of floats."""
 
+MOST_CLASSES = 256
+"""Label maps are of unsigned 8 bit."""
 
-class LoadVolumed(LoadImaged):
-    """:class:`monai.transforms.LoadImaged` with the channel first, and a check that each file is one usable volume.
+
+class LoadVolumed(MapTransform):
+    """Load images with the channel first, and check that each file is one usable volume.
 
     A picture (JPEG, PNG, BMP) is loaded as a volume of one slice, a folder of DICOM files as the volume of its series.
 
     Args:
         keys: keys of the file names.
         channels: channels that each image must have: 1 for CT and MR, 3 for RGB.
-        suffixes: endings of the files to take; :data:`networks.datasets.SERIES` for folders of DICOM files.
+        suffixes: endings of the files to take; :data:`networks.readers.SERIES` for folders of DICOM files.
         allow_constant: take an image of one value everywhere, as a label may be.
-        kwargs: further arguments of ``LoadImaged``, such as ``reader`` and ``dtype``.
 
     Shape:
         file names to ``MetaTensor`` of ``channels, X, Y, Z`` in the file's own axes; a fourth NIfTI dimension of
@@ -51,7 +54,8 @@ class LoadVolumed(LoadImaged):
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
             or channels, is empty or larger than :data:`MOST_VALUES`, has no position, holds NaN or infinite
-            values, or one value alone; when a series has company in its folder, or a gap.
+            values, or one value alone; when a series has company in its folder, or a gap; when it is a list of files.
+        MemoryError: when it does not fit into memory.
     """
 
     def __init__(
@@ -60,42 +64,33 @@ class LoadVolumed(LoadImaged):
         channels: int = 1,
         suffixes: Sequence[str] = (*VOLUMES, SERIES),
         allow_constant: bool = True,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(keys, image_only=True, ensure_channel_first=True, **kwargs)
+        super().__init__(keys)
         self.channels = channels
         self.suffixes = tuple(suffixes)
         self.allow_constant = allow_constant
 
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self._load(d[key], reader)
+            d[key] = self._load(d[key])
         return d
 
-    def _load(self, file: Any, reader: Any) -> MetaTensor:
-        if SERIES in self.suffixes and Path(file).is_dir():
-            check_series(file)
-        elif SERIES in self.suffixes and str(file).lower().endswith(SERIES):
-            raise DataError(f"{file} is one DICOM file: name the folder that holds its series instead.")
-        elif not str(file).lower().endswith(self.suffixes):
-            raise DataError(f"{file} is none of the files that this bundle reads: {', '.join(self.suffixes)}.")
+    def _load(self, file: Any) -> MetaTensor:
+        if isinstance(file, (list, tuple)):
+            raise DataError(
+                f"{', '.join(map(str, file))}: several files for one image. Write their channels into one file, "
+                "X, Y, Z, channel."
+            )
+        self._check_kind(Path(file))
         try:
             if str(file).lower().endswith(VOLUMES):
                 _check_header(file)
-            volume = self._loader(file, reader)
-            if isinstance(volume, tuple):  # MONAI Label asks its loaders for the metadata as well
-                volume = volume[0]
+            volume = read_image(file)
         except DataError:
             raise
         except Exception as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise DataError(
-                f"Cannot read {file}: missing, truncated, or not an image file. Copy or export it again. ({text})"
-            ) from error
+            raise _reading(file, error) from error
         if str(file).lower().endswith(PICTURES):
             if volume.ndim != 3 or volume.shape[0] != self.channels:
                 raise DataError(
@@ -119,10 +114,41 @@ class LoadVolumed(LoadImaged):
             raise DataError(f"{file} holds nothing but the value {volume.flatten()[0]:g}. Export the image again.")
         return volume
 
+    def _check_kind(self, path: Path) -> None:
+        """Before anything is read: what there is under that name, and whether it may be read."""
+        if path.is_dir():
+            if SERIES in self.suffixes:
+                return
+            raise DataError(f"{path} is a folder, expected a file: {', '.join(self.suffixes)}.")
+        name = path.name.lower()
+        if not name.endswith(self.suffixes):
+            raise DataError(f"{path} is none of the files that this bundle reads: {', '.join(self.suffixes)}.")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise DataError(f"Cannot read {path}: {error.strerror}. Is that its name, and may you read it?") from error
+        if name.endswith(SERIES) and not holds_all_frames(path):
+            raise DataError(f"{path} is one DICOM file: name the folder that holds its series instead.")
+
+
+def _reading(file: Any, error: Exception) -> Exception:
+    """What an error is that came while a file was read."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if isinstance(cause, MemoryError) or "allocate" in text:  # torch and ITK have no class for it
+        return MemoryError(text)
+    if isinstance(cause, OSError) and cause.errno:
+        return DataError(
+            f"Cannot read {cause.filename or file}: {cause.strerror}. Is the disk whole, and may you read it?"
+        )
+    return DataError(f"Cannot read {file}: truncated, or not an image file. Copy or export it again. ({text})")
+
 
 def _check_header(file: Any) -> None:
     """Before the content is unpacked: a few bytes may become more than any memory."""
-    header: Any = nib.load(file)
+    header: Any = load_nifti(file)
     shape, dtype = list(header.shape), header.get_data_dtype()
     if 0 in shape:
         raise DataError(f"{file} is empty: shape {shape}. Export it again.")
@@ -137,7 +163,7 @@ class MapLabelsd(MapTransform):
     """Turn the numbers of a label file into the bundle's classes where the case says how, by its ``"label_values"``.
 
     :func:`networks.datasets.cases` says so for the official datasets. Labels of other cases stay as they are, but for
-    what ``values`` says.
+    what ``values`` says. Numbers within 0.001 of a whole one are that: resampling and scaling leave such.
 
     Args:
         keys: keys of the labels, loaded.
@@ -155,7 +181,7 @@ class MapLabelsd(MapTransform):
         d = dict(data)
         values = d.pop("label_values", self.values)
         for key in self.key_iterator(d) if values else ():
-            label = d[key]
+            label = _rounded(d[key])
             found = label.unique().tolist()
             unknown = [v for v in found if v not in values]
             if unknown:
@@ -180,15 +206,18 @@ class CheckLabeld(MapTransform):
 
     Args:
         keys: keys of the labels, loaded as ``1, X, Y, Z``.
-        num_classes: labels are whole numbers from 0 to ``num_classes - 1``.
+        num_classes: labels are whole numbers from 0 to ``num_classes - 1``, to within 0.001; they are rounded.
         image_key: key of the image, loaded; its grid must be the label's.
 
     Raises:
-        DataError: when shape or position differs from the image's, or a value is fractional or out of range.
+        DataError: when there are more classes than :data:`MOST_CLASSES`, shape or position differs from the image's,
+            or a value is fractional or out of range.
     """
 
     def __init__(self, keys: KeysCollection, num_classes: int, image_key: str = "image") -> None:
         super().__init__(keys)
+        if num_classes > MOST_CLASSES:
+            raise DataError(f"num_classes is {num_classes}, more than the {MOST_CLASSES} that a label map holds.")
         self.num_classes = num_classes
         self.image_key = image_key
 
@@ -208,14 +237,30 @@ class CheckLabeld(MapTransform):
                     f"{file} and its image {image_file} have the same shape at different positions: affines\n"
                     f"{label.affine.numpy()}\n{image.affine.numpy()}\nResample the label onto the image first."
                 )
+            d[key] = label = _rounded(label)
             values = label.unique().tolist()
             wrong = [v for v in values if v != int(v) or not 0 <= v < self.num_classes]
             if wrong:
                 raise DataError(
                     f"{file} holds the values {wrong[:5]}, expected whole numbers from 0 to {self.num_classes - 1}. "
-                    "Map its labels to the bundle's classes, or set num_classes."
+                    f"{self._mapping(values)}"
                 )
         return d
+
+    def _mapping(self, values: Sequence[float]) -> str:
+        """What to do about a label's values."""
+        if any(v != int(v) for v in values):
+            return "Resample it by the nearest neighbour."
+        if len(values) > self.num_classes:
+            return "Say which are which class by --label_values, or how many classes there are by --num_classes."
+        mapping = {int(v): i for i, v in enumerate(values)}
+        return f'Say which is which class, as by --label_values "{mapping}", or how many there are by --num_classes.'
+
+
+def _rounded(label: Any) -> Any:
+    """Whole numbers instead of such as are within 0.001 of them; a label with others stays as it is."""
+    whole = label.round()
+    return whole if bool((label - whole).abs().max() <= 1e-3) else label
 
 
 def _file_of(volume: Any) -> str:
@@ -252,8 +297,8 @@ class LabelMapWriter(NibabelWriter):
             if target.suffix == ".png":
                 label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T).save(name)
                 return
-            source = nib.load(self.source) if self.source.lower().endswith(VOLUMES) else None
-            if isinstance(source, (nib.Nifti1Image, nib.Nifti2Image)):
+            if self.source.lower().endswith(VOLUMES) and not Path(self.source).is_dir():
+                source: Any = load_nifti(self.source)
                 dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
                 data = np.asarray(self.data_obj).astype(dtype)
                 data = data.reshape(source.shape if math.prod(source.shape) == data.size else source.shape[:3])
@@ -274,7 +319,7 @@ class SaveLabelMapd(SaveImaged):
         keys: keys of the label maps, ``1, X, Y, Z`` on the image file's grid.
         output_dir: where to write.
         output_ext: ``".nii.gz"``, or ``".png"`` of pictures.
-        data_root_dir: the images' folder; its subfolders are made in ``output_dir`` too.
+        data_root_dir: the images' folder, or the one image; subfolders are made in ``output_dir`` too.
 
     Raises:
         OSError: when the file cannot be written, with its name. MONAI would tell of it as a missing writer.
@@ -288,7 +333,7 @@ class SaveLabelMapd(SaveImaged):
             output_dir=output_dir,
             output_postfix="seg",
             output_ext=output_ext,
-            data_root_dir=str(data_root_dir),
+            data_root_dir=str(data_root_dir and folder_of(data_root_dir)),
             separate_folder=False,
         )
 
@@ -330,34 +375,33 @@ def whole_file(target: Path) -> Iterator[str]:
         The name to write to.
 
     Raises:
-        OSError: when it cannot be written; it names ``target``.
+        WriteError: when it cannot be written; it names ``target``.
     """
-    name = ""
+    name = target.parent / f".partial-{secrets.token_hex(8)}{''.join(target.suffixes[-2:])}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
-        os.close(handle)
-        yield name
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield str(name)
         with open(name, "rb") as file:
             os.fsync(file)  # else a power failure could leave the new name and none of the content
-        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException as error:
-        if name:
-            os.unlink(name)
-        if isinstance(error, OSError) and ".partial-" in str(error.filename or ".partial-"):
-            error.filename = str(target)
+        if name.exists():
+            name.unlink()
+        if isinstance(error, OSError) and _is_of(error, name, target):
+            raise WriteError(error.errno, error.strerror or str(error), str(target)) from error
         raise
 
 
+def _is_of(error: OSError, name: Path, target: Path) -> bool:
+    """Whether an error is about a file that is written, or its folder, rather than about one that is read for it."""
+    about = error.filename
+    if about is None:
+        return error.errno is not None  # libraries' own words have none
+    return str(name) in (about, error.filename2) or Path(about) in target.parents
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table with a line of column names, whole or not at all."""
-    with whole_file(path) as name, open(name, "w", newline="", encoding="utf-8") as file:
+    """Write a table with a line of column names, whole or not at all; what is not UTF-8 in it becomes escapes."""
+    with whole_file(path) as name, open(name, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         csv.writer(file).writerows([columns, *rows])
-
-
-def _umask() -> int:
-    """The process's file mode mask, which temporary files ignore."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

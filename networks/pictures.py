@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, Orientation
+from monai.transforms import Orientation
 from PIL import Image, ImageDraw
 
-from .datasets import PICTURES
+from .readers import PICTURES, read_image
 
 __all__ = ["COLOURS", "curves", "label_picture", "overlay", "read_slice", "thin", "upright"]
 
@@ -95,10 +95,10 @@ def read_slice(file: str, axis: int, index: int) -> np.ndarray:
     Returns:
         ``H, W`` or, of an RGB picture, ``H, W, 3``.
     """
-    image = LoadImage(image_only=True, ensure_channel_first=True)(file)
+    image = read_image(file)
     if image.ndim == 3:
-        image = np.asarray(image)
-        return image[0].T if len(image) == 1 else image[:3].transpose(2, 1, 0)
+        picture = np.asarray(image)
+        return picture[0].T if len(picture) == 1 else picture[:3].transpose(2, 1, 0)
     return upright(image).take(index, axis).T
 
 

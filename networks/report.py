@@ -15,6 +15,7 @@ from monai.engines import Evaluator
 from monai.utils import string_list_all_gather
 from torch import Tensor
 
+from .datasets import folder_of
 from .files import whole_file, write_csv
 from .handlers import read_history
 from .metrics import DISTANCES
@@ -96,7 +97,7 @@ class Report:
         summary = summary_table(details, labels, self.convention, pooled)
         table = f"{summary}\n\n{case_table(scores, names, labels)}\n"
         with whole_file(self.output_dir / "summary.md") as name:
-            Path(name).write_text(table, encoding="utf-8")
+            Path(name).write_text(table, encoding="utf-8", errors="backslashreplace")
         columns = [f"{_short(metric)} {label}" for metric in details for label in labels]
         rows = torch.cat(list(details.values()), 1).tolist()
         cells = [[case, *(f"{value:.6g}" for value in row)] for case, row in zip(names, rows, strict=True)]
@@ -115,13 +116,13 @@ class Overlays:
 
     Args:
         output_dir: where to write.
-        data_root_dir: the images' folder.
+        data_root_dir: the images' folder, or the one image.
         enabled: False writes nothing.
     """
 
     def __init__(self, output_dir: str | Path, data_root_dir: str | Path, enabled: bool = True) -> None:
         self.output_dir = Path(output_dir)
-        self.data_root_dir = Path(data_root_dir)
+        self.data_root_dir = folder_of(data_root_dir)
         self.enabled = enabled
 
     def attach(self, evaluator: Evaluator) -> None:

@@ -8,9 +8,10 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import pytest
 import torch
@@ -21,23 +22,41 @@ from networks import FIAS
 ROOT = Path(__file__).parent.parent
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(THREADS)}  # of the processes below
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes below
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--device", default="cuda", help="of the tests marked gpu; cpu rehearses them without one")
+
+
+def on_gpu(config: pytest.Config) -> bool:
+    """Whether this is a run of the tests marked gpu alone, on one."""
+    return config.getoption("markexpr") == "gpu" and config.getoption("device") != "cpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # All other tests, and the processes that they start, are to find a CPU alone. CUDA reads this when it is first
+    # asked, which no import does; a process of pytest-xdist comes by here too, with the same options.
+    if not on_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:  # a file, or a bundle, stays in one process: its fixtures train networks
         bundle = item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {bundle}"))
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    skips = {} if config.getoption("--slow") else {"slow": "slow: run with --slow"}
+    if config.getoption("markexpr") != "gpu":
+        skips["gpu"] = "gpu: run with -m gpu"
+    elif on_gpu(config) and not torch.cuda.is_available():
+        skips["gpu"] = "no GPU"
+    for item in items:
+        for mark, reason in skips.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -110,6 +129,30 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return root / dataset
 
     return phantoms
+
+
+class Unprivileged:
+    """Within ``with unprivileged():`` this process is a user to whom ``folder`` is open, and rights of files count."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        user = os.geteuid()
+        os.seteuid(65534 if user == 0 else user)  # root may read everything
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Unprivileged]:
+    """Rights that count, for whoever runs the tests; pytest's own folders are closed to all others."""
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Unprivileged(Path(folder))
 
 
 @pytest.fixture(scope="session")

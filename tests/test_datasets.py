@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from networks import DataError
-from networks.datasets import ACDC_SPLIT, BTCV_ORGANS, BTCV_SPLIT, LAYOUTS, SPLITS, cases, image_files
+from networks.datasets import ACDC_SPLIT, BTCV_ORGANS, BTCV_SPLIT, LAYOUTS, SPLITS, Cases, cases, image_files
 
 
 def touch(*files: Path) -> None:
@@ -216,7 +216,7 @@ def test_image_files_of_a_folder(tmp_path):
     touch(folder / "photo.png")
     with pytest.raises(DataError, match="photo.JPG and .*photo.png would have one label map"):
         image_files(tmp_path, suffixes=[".jpg", ".png"])
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match=f"{tmp_path}/none"):
         image_files(tmp_path / "none")
     cohort = tmp_path / "cohort"
     touch(cohort / "b" / "own.nii.gz")
@@ -228,5 +228,64 @@ def test_image_files_of_a_folder(tmp_path):
         "linked/patient001_frame01.nii.gz",
         "linked/patient001_frame12.nii.gz",
     ]
-    with pytest.raises(DataError, match="No images in .*expected .nii.gz, .nii or .dcm files"):
+    with pytest.raises(DataError, match=f"{tmp_path}.*.nii.gz.*.dcm"):
         image_files(tmp_path, ignore=["*"])
+
+
+def left_out(found: Cases) -> dict[str, str]:
+    return {Path(entry["file"]).name: entry["why"] for entry in found.left_out}
+
+
+def test_images_that_are_left_out_are_counted_and_named(tmp_path, caplog):
+    taken = ("a.nii.gz", ".hidden.nii.gz", "notes.txt", ".trash/b.nii.gz")
+    others = ("a_gt.nii.gz", "b_gt.nii.gz", "a.mha", "a.nrrd", "photo.jpg", "gone.nii.gz")
+    touch(*(tmp_path / name for name in (*taken, *others[:-1])))
+    (tmp_path / "gone.nii.gz").symlink_to("elsewhere.nii.gz")
+    found = image_files(tmp_path, ignore=["*_gt.nii*"])
+    assert [case["id"] for case in found] == ["a"] and sorted(left_out(found)) == sorted(others)
+    assert all(name in caplog.text for name in others) and left_out(found)["a_gt.nii.gz"].endswith("*_gt.nii*")
+    assert image_files(tmp_path / "a_gt.nii.gz", ignore=["*_gt.nii*"])[0]["id"] == "a_gt"
+
+
+def test_folders_that_cannot_be_read_are_named(unprivileged, caplog):
+    folder = unprivileged.folder
+    touch(folder / "a.nii.gz", folder / "closed" / "b.nii.gz", folder / "slices" / "1")
+    (folder / "closed").chmod(0)
+    (folder / "slices" / "1").chmod(0)
+    with unprivileged():
+        found = image_files(folder)
+    (folder / "closed").chmod(0o755)
+    assert [case["id"] for case in found] == ["a"]
+    assert sorted(left_out(found)) == ["closed", "slices"] and "Permission denied" in left_out(found)["closed"]
+    assert "closed" in caplog.text and "slices" in caplog.text
+
+
+def test_own_files_are_found_in_capitals_and_the_system_s_own_are_none(tmp_path, caplog):
+    for n in range(4):
+        touch(tmp_path / "images" / f"IMG_{n}.JPG", tmp_path / "labels" / f"IMG_{n}.PNG")
+        touch(tmp_path / "images" / f"._IMG_{n}.JPG", tmp_path / "labels" / f"._IMG_{n}.PNG")
+    touch(tmp_path / "images" / "scan.NII.GZ", tmp_path / "labels" / "scan.Nii.gz", tmp_path / "images" / "x.mha")
+    found = [cases("folder", tmp_path, split) for split in SPLITS]
+    pairs = {c["id"]: Path(c["label"]).name for split in found for c in split}
+    assert pairs == {**{f"IMG_{n}": f"IMG_{n}.PNG" for n in range(4)}, "scan": "scan.Nii.gz"}
+    assert list(left_out(found[0])) == ["x.mha"] and "x.mha" in caplog.text
+    (tmp_path / "labels" / "IMG_0.PNG").unlink()
+    with pytest.raises(DataError) as error:
+        for split in SPLITS:
+            cases("folder", tmp_path, split)
+    assert "IMG_0.JPG" in str(error.value) and ".png" in str(error.value) and ".nii" not in str(error.value)
+
+
+def test_files_in_folders_of_their_own_names_are_found(tmp_path):
+    """As some unpack ACDC."""
+    for name in ("patient001_frame01", "patient001_frame01_gt", "patient001_frame12", "patient001_frame12_gt"):
+        touch(tmp_path / "patient001" / f"{name}.nii" / f"{name}.nii")
+    found = cases("acdc", tmp_path, "train")
+    assert [case["id"] for case in found] == ["patient001_frame01", "patient001_frame12"]
+    assert all(Path(case["label"]).is_file() and Path(case["image"]).is_file() for case in found)
+
+
+def test_patients_of_no_split_are_named(tmp_path, caplog):
+    acdc(tmp_path)
+    touch(*(tmp_path / "training" / "patient101" / f"patient101_frame01{end}.nii.gz" for end in ("", "_gt")))
+    assert list(left_out(cases("acdc", tmp_path, "train"))) == ["patient101"] and "patient101" in caplog.text

@@ -1,0 +1,151 @@
+"""MONAI's readers of NIfTI files and pictures, where these hold a case that MONAI takes for another.
+
+Every part of this package reads image files by :func:`read_image`, so that images, labels, label maps and pictures of
+them lie alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.config import PathLike
+from monai.data import ImageReader, MetaTensor, NibabelReader, PILReader
+from monai.transforms import EnsureChannelFirst
+from monai.utils import ensure_tuple
+from PIL import Image, ImageOps
+
+from .dicom import SeriesReader
+from .errors import DataError
+
+__all__ = ["PICTURES", "SERIES", "VOLUMES", "NiftiReader", "PictureReader", "load_nifti", "read_image"]
+
+VOLUMES = (".nii.gz", ".nii")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
+SERIES = ".dcm"
+"""Among the endings of image files, stands for folders of DICOM files, whatever their names: each is one image."""
+
+MILLIMETRES = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}
+
+
+def read_image(file: str | Path) -> Any:
+    """An image as its file holds it: a NIfTI file, a picture, or a folder of DICOM files.
+
+    MONAI's ``LoadImage`` would try each reader that it knows, and warn of those that lack a package.
+
+    Args:
+        file: its name.
+
+    Returns:
+        ``MetaTensor`` of floats, ``C, X, Y, Z``, of a picture ``C, X, Y`` with X to the right and Y down. The affine is
+        in millimetres.
+
+    Raises:
+        DataError: when the file is none of these, or one of DICOM's or Pillow's refusals.
+        Exception: those of the readers for a file that cannot be read.
+    """
+    reader: ImageReader = SeriesReader()
+    if not Path(file).is_dir():
+        reader = PictureReader() if str(file).lower().endswith(PICTURES) else reader
+        reader = NiftiReader() if str(file).lower().endswith(VOLUMES) else reader
+    values, meta = reader.get_data(reader.read(file))
+    meta["filename_or_obj"] = str(file)
+    image: Any = MetaTensor.ensure_torch_and_prune_meta(np.asarray(values, np.float32), meta)
+    return EnsureChannelFirst()(image)
+
+
+class NiftiReader(NibabelReader):
+    """:class:`monai.data.NibabelReader` for every way in which a header says where its voxels lie.
+
+    - The position is the coded sform, else the coded qform, as nibabel, FSL and SPM have it. MONAI asks ``pixdim``
+      which of them to believe, and believes one that was never set.
+    - A coded sform that says nothing but voxels of 1 mm is not believed where no qform is coded and ``pixdim`` has
+      other sizes: such are ACDC's files.
+    - Positions are turned into millimetres from the unit that the header names.
+    - A rotation whose quaternion is longer than 1 by rounding is a rotation, and trailing dimensions of 1 are none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(squeeze_non_spatial_dims=True)
+
+    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
+        """Images of nibabel, one for each file."""
+        self.filenames = ensure_tuple(data)
+        images = [load_nifti(file) for file in self.filenames]
+        return images if len(images) > 1 else images[0]
+
+    def get_data(self, img: Any) -> tuple[np.ndarray, dict]:
+        """Voxels, and what the header says of them."""
+        voxels, meta = super().get_data(img)
+        meta["affine"] = meta["original_affine"] = _position(ensure_tuple(img)[0])
+        return voxels, meta
+
+
+def _position(image: Any) -> np.ndarray:
+    """The affine in millimetres that a header means."""
+    header = image.header
+    affine, sform, pixdim = np.array(image.affine), header.get_sform(), header.get_zooms()[:3]
+    unit_diagonal = np.allclose(np.abs(sform[:3, :3]), np.eye(3))
+    if header["sform_code"] and not header["qform_code"] and unit_diagonal and not np.allclose(pixdim, 1):
+        affine = header.get_qform()
+    affine[:3] *= MILLIMETRES[header.get_xyzt_units()[0]]
+    return affine
+
+
+def load_nifti(file: PathLike) -> nib.Nifti1Image | nib.Nifti2Image:
+    """An image file by nibabel, also one whose quaternion is longer than 1 by rounding.
+
+    Args:
+        file: its name.
+
+    Returns:
+        The image, of which no voxel is read yet. The header is the file's but for such a quaternion.
+
+    Raises:
+        DataError: when the file is of another format, for all its name.
+        Exception: those of nibabel for a file that cannot be read.
+    """
+    try:
+        image = nib.load(file)
+    except ValueError:
+        image = _RoundedImage.from_filename(file)
+    if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
+        raise DataError(f"{file} is a {type(image).__name__}, no NIfTI file, for all its name. Convert it first.")
+    return image
+
+
+class _RoundedHeader(nib.Nifti1Header):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        names = ("quatern_b", "quatern_c", "quatern_d")
+        length = math.hypot(*(float(self[name]) for name in names))
+        if 1 < length < 1 + 1e-4:
+            for name in names:
+                self[name] = np.float32(float(self[name]) / length * (1 - 2**-24))
+
+
+class _RoundedImage(nib.Nifti1Image):
+    header_class = _RoundedHeader
+
+
+class PictureReader(PILReader):
+    """:class:`monai.data.PILReader` that turns a picture as viewers show it, by its EXIF orientation.
+
+    Raises:
+        DataError: by :meth:`read`, when a picture has more pixels than Pillow opens.
+    """
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        """Pictures of Pillow, one for each file."""
+        pictures = []
+        for file in ensure_tuple(data):
+            try:
+                picture = Image.open(file)
+            except Image.DecompressionBombError as error:
+                raise DataError(f"{file} is too large a picture: {error} Cut or scale it first.") from None
+            pictures.append(ImageOps.exif_transpose(picture))
+        return pictures if len(pictures) > 1 else pictures[0]
