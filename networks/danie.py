@@ -127,6 +127,8 @@ class DANIE(nn.Module):
         torch.Size([2, 4, 64, 96])
     """
 
+    registers_in_order = True  # each module its parts in the order in which they compute, as folding needs
+
     def __init__(
         self,
         in_channels: int,
@@ -159,6 +161,7 @@ class DANIE(nn.Module):
         tile = (32 * math.ceil(height / 32), 32 * math.ceil(width / 32))
         backbone, channels = SIZES[size]
         self.in_channels = in_channels
+        self.dropout_rate = dropout
         self.tile = tile if self_attention else (32, 32)
         self.self_attention = (
             SelfAttentionPerception(backbone, in_channels, tile, pretrained, drop_path) if self_attention else None

@@ -74,6 +74,8 @@ class FIAS(nn.Module):
         torch.Size([2, 4, 64, 96])
     """
 
+    registers_in_order = True  # each module its parts in the order in which they compute, as folding needs
+
     def __init__(
         self,
         in_channels: int,
@@ -93,6 +95,7 @@ class FIAS(nn.Module):
         check_option("fusion", fusion, ("caf", "add"))
         check_option("decoder", decoder, ("mixatt", "conv"))
         self.in_channels = in_channels
+        self.dropout_rate = dropout
         channels = DilateFormer.channels
         inputs = 2 if local_encoder else 1
         self.global_encoder = DilateFormer(in_channels, pretrained, drop_path)

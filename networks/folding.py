@@ -18,10 +18,10 @@ __all__ = ["WinogradConv2d", "fuse_convs", "prepare_for_inference"]
 def prepare_for_inference(network: nn.Module) -> None:
     """Fold into the weights what each inference would compute anew: the same output to rounding.
 
-    Each batch normalisation goes into the convolution before it. The two are taken for a pair where a module
-    registers one right after the other, as this package's blocks and timm's MaxViT do; an activation inside the
-    normalisation (timm) stays. Then each module with a method ``fold`` folds what is its own. The network can then
-    neither train nor load weights.
+    For this package's networks alone, which say ``registers_in_order``; any other stays as it is. Each batch
+    normalisation goes into the convolution before it. The two are taken for a pair where a module registers one right
+    after the other, as this package's blocks and timm's MaxViT do; an activation inside the normalisation (timm) stays.
+    Then each module with a method ``fold`` folds what is its own. The network can then neither train nor load weights.
 
     On a CPU :class:`WinogradConv2d` takes the convolutions that it makes faster, and the process keeps the memory that
     a batch frees for the next one.
@@ -29,6 +29,8 @@ def prepare_for_inference(network: nn.Module) -> None:
     Args:
         network: in eval mode, on the device it will run on; changed in place.
     """
+    if not getattr(network, "registers_in_order", False):
+        return
     for module in list(network.modules()):
         children = list(module.named_children())
         for (name, conv), (norm_name, norm) in zip(children, children[1:]):

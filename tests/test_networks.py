@@ -213,6 +213,28 @@ def test_folded_gives_the_same(build):
     assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < before / 3  # MaxViT has some before convolutions
 
 
+class PreActivation(nn.Module):
+    """Registers its parts in another order than it computes them in, and calls one of them ``fold``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fold = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Fold((8, 8), 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(self.norm(x).relu())
+
+
+def test_a_network_of_others_stays_as_it_is():
+    net, x = PreActivation().eval(), image(2, 1, 8, 8)
+    nn.init.constant_(net.norm.running_var, 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        plain = net(x)
+        prepare_for_inference(net)
+        assert torch.equal(net(x), plain)
+    assert net.state_dict().keys() == before.keys()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4, 16, 16), (40, 8, 8), (3, 21, 30), (9, 65, 4)])
 def test_winograd_s_way_equals_the_convolution(shape, bias):
