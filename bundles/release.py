@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 from networks import DataError, explain_errors, load_weights  # noqa: E402
 from networks.files import whole_file  # noqa: E402
-from networks.runs import differences  # noqa: E402
+from networks.trained_for import differences, plain_values  # noqa: E402
 from networks.weights import read_weights  # noqa: E402
 
 
@@ -150,7 +150,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         print(f"weights: {model}")
         if (seen := Path(re.sub(r"\.(pt|safetensors)(?=(\.previous)?$)", ".json", str(model)))).is_file():
             files["models/model.json"] = seen.read_bytes()
-            trained = json.loads(files["models/model.json"])
+            trained = plain_values(json.loads(files["models/model.json"]))
             if other := differences(trained, values):
                 raise DataError(f"{model} was trained with {other}: set cannot be otherwise.")
             values = {**trained, **values}

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .errors import DataError
 from .files import whole_file, write_csv
-from .runs import differences, network_values
+from .trained_for import differences, plain_values
 from .weights import load_state_dict, read_tensors
 
 __all__ = ["EMA", "Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "WholeOutput", "read_history"]
@@ -96,10 +97,10 @@ class Checkpoints:
     """Best weights and training state, written whole or not at all, and the way back into a broken-off training.
 
     After each epoch, ``model.pt`` holds the network's state dict of the best validation so far, ``model.json`` the
-    values of the bundle's config that it was trained for (:func:`networks.runs.network_values`), and ``last.ckpt`` all
-    that training goes on from: network, averaged network, optimiser, gradient scaler, schedule, epoch, best score. It
-    is written after a run's first and last epoch and each best one, after others so often that it takes at most a
-    twentieth of the time. (Of every file ``*.pt`` there, MONAI Label would offer the shortest name first as a model.)
+    values that it was trained for (:mod:`networks.trained_for`), and ``last.ckpt`` all that training goes on from:
+    network, averaged network, optimiser, gradient scaler, schedule, epoch, best score. It is written after a run's
+    first and last epoch and each best one, after others so often that it takes at most a twentieth of the time. (Of
+    every file ``*.pt`` there, MONAI Label would offer the shortest name first as a model.)
     MONAI's ``CheckpointSaver`` removes the old best file before it writes the new one and forgets the best score at a
     restart.
 
@@ -116,6 +117,8 @@ class Checkpoints:
             ``last.ckpt`` has both.
         schedule: of the learning rate, a function of the step as ``LambdaLR`` and MONAI's are. A resumed training goes
             on at its step, towards the end that the config says then.
+        values: what the network is trained for: its arguments and what it sees. Without them there is no
+            ``model.json``, as the log says, and nothing can tell later whether the weights are used rightly.
 
     Raises:
         DataError: when the evaluator validates another network than is saved, or ``resume`` is no truth value: on a
@@ -134,6 +137,7 @@ class Checkpoints:
         resume: bool = False,
         averaged: nn.Module | None = None,
         schedule: LRScheduler | None = None,
+        values: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(resume, bool):
             raise DataError(f"resume is True or False, got {resume!r}.")
@@ -144,6 +148,7 @@ class Checkpoints:
         self.resume = resume
         self.averaged = averaged
         self.schedule = schedule
+        self.values = None if values is None else plain_values(values)
         self.due = time.monotonic()  # when last.ckpt is to be written again
         validated = getattr(evaluator, "network", self.network)
         if validated is not (averaged or self.network):
@@ -210,7 +215,7 @@ class Checkpoints:
             "optimizer": self.optimizer.state_dict(),
             "trainer": trainer.state_dict(),
             "best": {"best_metric": float(best.best_metric), "best_metric_epoch": int(best.best_metric_epoch)},
-            "values": network_values(),
+            "values": self.values or {},
         }
         if trainer.scaler is not None:
             state["scaler"] = trainer.scaler.state_dict()
@@ -236,7 +241,7 @@ class Checkpoints:
                 f"{path} comes from a training of {state['trainer']['epoch_length']} batches an epoch, this one has "
                 f"{length}. Resume with the same data and batch_size, or start anew with --start_from {model}."
             )
-        if other := differences(state.get("values", {}), network_values()):
+        if other := differences(state.get("values", {}), self.values or {}):
             raise DataError(f"{path} comes from a training with other values. Resume with {other}.")
         for name, present in {"averaged": self.averaged is not None, "schedule": self.schedule is not None}.items():
             if (name in state) != present:
@@ -274,8 +279,13 @@ class Checkpoints:
         # From the CPU: exports and MONAI Label load it without saying where to, on machines without a GPU too.
         network = self.network if self.averaged is None else self.averaged
         self._write("model.pt", {name: tensor.cpu() for name, tensor in network.state_dict().items()})
-        with whole_file(self.directory / "model.json") as partial:
-            Path(partial).write_text(json.dumps(network_values(), indent=4) + "\n", encoding="utf-8")
+        record = self.directory / "model.json"
+        if self.values is None:
+            record.unlink(missing_ok=True)  # of an earlier training
+            logger.warning(f"no {record}: nothing told what these weights are trained for (Checkpoints got no values).")
+            return
+        with whole_file(record) as partial:
+            Path(partial).write_text(json.dumps(self.values, indent=4) + "\n", encoding="utf-8")
 
     def _write(self, name: str, state: Any) -> None:
         with whole_file(self.directory / name) as partial, open(partial, "wb") as file:

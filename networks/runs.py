@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import math
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import distributions
@@ -20,99 +22,129 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from .errors import DataError
-from .files import whole_file
+from .files import MOST_CLASSES, whole_file
 
-__all__ = ["check_config", "differences", "leave_process_group", "network_values", "record_run"]
+__all__ = ["check_config", "leave_process_group", "record_run"]
 
-NETWORK_VALUES = ("in_channels", "num_classes", "size", "image_size", "field_of_view", "intensity")
-"""What weights are trained for: the network and what it sees. Evaluation and inference need the same."""
+COUNTS = {
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "val_batch_size": (1, math.inf),
+    "val_interval": (1, math.inf),
+    "num_workers": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+    "in_channels": (1, math.inf),
+    "num_classes": (2, MOST_CLASSES),
+    "image_size": (32, math.inf),
+}
+"""Whole numbers among a bundle's values, and between which they lie."""
+
+SHARES = ("dropout", "empty_weight", "augment_prob", "flip_prob", "warmup", "shift_range")
+"""Values from 0 to 1."""
 
 
 def check_config() -> None:
-    """Refuse a value that the running bundle was given under a name or of a type that it does not know.
+    """Refuse a value that the running bundle was given under a name or of a kind that it does not know.
 
     MONAI's runner takes any: ``--epoch 5`` would train for 300. Known is what one of the files beside the config
-    names, or anything refers to, or MONAI adds of its own accord. In evaluation and inference, :func:`network_values`
-    are refused too where they are not those that ``model.json`` beside the weights names: most networks would run,
-    and segment badly.
+    names, or anything refers to, or MONAI adds of its own accord. A folder whose name was read as a number is taken as
+    it was typed. Outside MONAI's runner nothing is checked.
 
     Raises:
-        DataError: naming the value and the nearest known name, the expected type, or the weights' value.
+        DataError: naming the value and the nearest known name, or what it can be.
     """
     workflow = _workflow()
     if workflow is None:
         return
     known: dict[str, Any] = {}
     for file in sorted(workflow.config_root_path.glob("*")):
-        if file.suffix in (".json", ".yaml", ".yml") and file.stem not in ("metadata", "modern"):
+        own = file.stem in ("metadata", "modern") or file.stem.endswith("_cases")
+        if file.suffix in (".json", ".yaml", ".yml") and not own:
             content = ConfigParser.load_config_file(file)
             known |= content if isinstance(content, dict) else {}
     config = workflow.parser.get()
+    _check_nones(config)
     added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
     used = {*added, *re.findall(r"@(\w+)", json.dumps(config, default=str))}
     for name, value in config.items():
-        if name in known:
-            _check_type(name, value, known[name])
+        if name in known or name in COUNTS or name in SHARES:
+            _check_value(name, value, known.get(name))
         elif known and name not in used and not name.startswith("_"):
             near = get_close_matches(name, known, 1)
             raise DataError(f"This bundle has no value {name}.{f' Is it {near[0]}?' if near else ''}")
-    file = Path(str(workflow.parser.get_parsed_content("ckpt_dir", default="."))) / "model.json"
-    if {"evaluating", "inferring"} & config.keys() and file.is_file():
-        trained = json.loads(file.read_text(encoding="utf-8"))
-        if other := differences(trained, network_values()):
-            raise DataError(
-                f"{file.with_suffix('.pt')} was trained with other values than this run has. Add {other}"
-                f" (or remove {file}, to use it otherwise)."
-            )
+        if name.endswith(("_dir", "_root")) and isinstance(value, (int, float)):
+            workflow.parser.ref_resolver.resolved_content[name] = _as_typed(name, value)
 
 
-def network_values() -> dict[str, Any]:
-    """Of the running bundle's config, the values that weights are trained for; none where no bundle is running."""
-    workflow = _workflow()
-    config = {} if workflow is None else workflow.parser.get()
-    return json.loads(json.dumps({name: config[name] for name in NETWORK_VALUES if name in config}, default=str))
-
-
-def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Options of a command line that would make some values those wanted; empty where they are.
-
-    Args:
-        wanted: values by name.
-        found: values by name; of one that is absent, nothing is wanted.
-    """
-    other = {name: value for name, value in wanted.items() if name in found and found[name] != value}
-    return " ".join(
-        f'--{name} "{value}"' if isinstance(value, dict) else f"--{name} {value}" for name, value in other.items()
-    )
-
-
-def _check_type(name: str, value: Any, usual: Any) -> None:
-    """By the value in the config file; a text that refers to something or is an expression may become anything."""
+def _check_value(name: str, value: Any, usual: Any) -> None:
+    """By its name, and by the value in the config file; a text that is an expression may become anything."""
     if isinstance(value, str) and value.startswith(("$", "@", "%")):
         return
     if isinstance(value, str) and value.lower() in ("true", "false"):
         raise DataError(f"{name} got the text {value!r}, which counts as true: write True or False.")
-    if isinstance(usual, bool) and isinstance(value, str) and name != "pretrained":
-        raise DataError(f"{name} is True or False, got {value!r}.")
-    number = isinstance(usual, (int, float)) and not isinstance(usual, bool)
-    whole = isinstance(usual, int) and usual not in (0, 1)  # a record may hold these of a share
-    if number and (isinstance(value, bool) or not isinstance(value, int if whole else (int, float))):
-        raise DataError(f"{name} is a {'whole ' if whole else ''}number such as {usual}, got {value!r}.")
-    if isinstance(usual, list) and not isinstance(value, (list, tuple)):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "device":
+        _check_device(value)
+    elif name in COUNTS:
+        low, high = COUNTS[name]
+        if not number or value != int(value) or not isinstance(value, int) or not low <= value <= high:
+            limit = f"from {low} to {high}" if high < math.inf else f"from {low} up"
+            raise DataError(f"{name} is a whole number {limit}, got {value!r}.")
+    elif name in SHARES:
+        if not number or not 0 <= value <= 1:
+            raise DataError(f"{name} is a share from 0 to 1, got {value!r}.")
+    elif isinstance(usual, bool):
+        if isinstance(value, str) and name != "pretrained":  # which may be a file
+            raise DataError(f"{name} is True or False, got {value!r}.")
+    elif isinstance(usual, (int, float)) and (not number or value < 0):
+        raise DataError(f"{name} is a number from 0 up, such as {usual}, got {value!r}.")
+    elif isinstance(usual, list) and not isinstance(value, (list, tuple)):
         raise DataError(f"{name} is a list such as {usual}, got {value!r}.")
 
 
-def record_run(output_dir: str | Path, name: str, cases: Sequence[Mapping[str, Any]]) -> Path:
+def _check_device(value: Any) -> None:
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"device is cpu, or cuda:N with N below the number of GPUs ({torch.cuda.device_count()}), got {value!r}: "
+            f"{reason}"
+        ) from error
+
+
+def _check_nones(config: Mapping[str, Any]) -> None:
+    """MONAI's runner leaves out an option whose value is None, and what the config has would stay without a word."""
+    for option, value in zip(sys.argv, sys.argv[1:]):
+        name = option.removeprefix("--")
+        if value == "None" and name in config and config[name] not in (None, "whole"):
+            raise DataError(
+                f"--{name} None does not reach the config, where {name} is {config[name]!r}. Write another value, "
+                "such as --field_of_view whole for whole slices."
+            )
+
+
+def _as_typed(name: str, value: Any) -> str:
+    """The text of a command line's option that fire took for a number, as it takes ``2026_11`` for 202611."""
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""]):
+        option, equals, text = argument.partition("=")
+        if option.lstrip("-") == name:
+            return text if equals else following
+    return str(value)
+
+
+def record_run(output_dir: str | Path, name: str, *cases: Sequence[Mapping[str, Any]]) -> Path:
     """Keep what a bundle's run is made of beside its results.
 
     ``NAME.json`` is the config with all overrides, which runs again by ``--config_file``, with the versions of
     all packages, the git revision of this code and the machine under ``_run_``. It is written anew only when
-    one of them changes, so results that are newer come from it. ``NAME_cases.json`` lists the data.
+    one of them changes, so results that are newer come from it. ``NAME_cases.json`` lists the data: under ``cases``
+    what the run takes, under ``left_out`` what it found beside them and why it leaves that out.
 
     Args:
         output_dir: where to write; with several processes, the first one writes.
         name: of the run.
-        cases: the data.
+        cases: the data, one list or more; :class:`networks.datasets.Cases` know what was left out.
 
     Returns:
         Path of ``NAME.json``.
@@ -137,7 +169,9 @@ def record_run(output_dir: str | Path, name: str, cases: Sequence[Mapping[str, A
     }
     target = folder / f"{name}.json"
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _write(folder / f"{name}_cases.json", cases)
+        left_out = {entry["file"]: entry for found in cases for entry in getattr(found, "left_out", [])}
+        data = {"cases": [case for found in cases for case in found], "left_out": list(left_out.values())}
+        _write(folder / f"{name}_cases.json", data)
         _write(target, config)
     return target
 

@@ -146,17 +146,18 @@ class FieldOfViewd(MapTransform, InvertibleTransform):
 
     Args:
         keys: keys of ``MetaTensor`` volumes ``C, H, W, D``; all take the first one's spacing.
-        size: side of the square in millimetres (in pixels for pictures, which have no spacing); None changes nothing.
+        size: side of the square in millimetres (in pixels for pictures, which have no spacing); ``"whole"`` (or None)
+            changes nothing.
 
     Raises:
         DataError: when ``size`` is no positive number.
     """
 
-    def __init__(self, keys: KeysCollection, size: float | None) -> None:
+    def __init__(self, keys: KeysCollection, size: float | str | None) -> None:
         super().__init__(keys)
-        if size is not None and (isinstance(size, (bool, str)) or not 0 < size < math.inf):
-            raise DataError(f"field_of_view is a number of millimetres, or None for whole slices, got {size!r}.")
-        self.size = size
+        self.size = None if size == "whole" else size
+        if self.size is not None and (isinstance(self.size, (bool, str)) or not 0 < self.size < math.inf):
+            raise DataError(f"field_of_view is a number of millimetres, or whole for whole slices, got {size!r}.")
         self.crop, self.pad = Crop(), Pad()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -187,9 +188,6 @@ class LabelInferer(Inferer):
     before the next batch comes. Memory holds one byte per voxel, where MONAI's ``SliceInferer`` holds a float per voxel
     and class. In fp32 the label map is the same.
 
-    A network in training mode, as MONAI Label's scoring runs it for the sake of its dropout, gives class probabilities
-    at the network's size instead.
-
     Args:
         size: height and width that the network sees.
         batch_size: slices in one forward.
@@ -197,15 +195,28 @@ class LabelInferer(Inferer):
             CPU that has it, it is faster too, but rounds otherwise.
         flips: take the mean of the class probabilities of each slice and its three mirror images, in four times the
             time. A network that was trained without flips knows left from right, and loses by it.
+        probabilities: give class probabilities at the network's size instead of label maps, and let the network be in
+            training mode: MONAI Label's scoring compares them under dropout.
 
     Shape:
-        ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit.
+        ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit; with ``probabilities`` to
+        ``B, classes, *size, D`` of floats.
+
+    Raises:
+        DataError: when the network is in training mode and ``probabilities`` are not asked for, or it has more
+            classes than a label map holds.
     """
 
     def __init__(
-        self, size: Sequence[int], batch_size: int = 8, bfloat16: bool | None = None, flips: bool = False
+        self,
+        size: Sequence[int],
+        batch_size: int = 8,
+        bfloat16: bool | None = None,
+        flips: bool = False,
+        probabilities: bool = False,
     ) -> None:
         super().__init__()
+        self.probabilities = probabilities
         self.size = (size[0], size[1])
         self.batch_size = batch_size
         self.bfloat16 = bfloat16
@@ -215,17 +226,20 @@ class LabelInferer(Inferer):
         volumes = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         b, _, h, w, depth = volumes.shape
         slices = volumes.movedim(4, 1).flatten(0, 1)
-        training = getattr(network, "training", False)
+        if getattr(network, "training", False) and not self.probabilities:
+            raise DataError("The network is in training mode, and would segment at random: call its eval() first.")
         bfloat16 = volumes.is_cuda and has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
         found = []
         for batch in slices.split(self.batch_size):
             x = _resize(batch, self.size)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
                 logits = network(x, *args, **kwargs).float()
-                if self.flips and not training:
+                if self.flips and not self.probabilities:
                     views = [network(x.flip(axes), *args, **kwargs).flip(axes) for axes in ((2,), (3,), (2, 3))]
                     logits = torch.stack([logits, *views]).float().softmax(2).mean(0)
-            if training:
+            if logits.shape[1] > 256:
+                raise DataError(f"The network has {logits.shape[1]} classes, more than the 256 that a label map holds.")
+            if self.probabilities:
                 found.append(logits.softmax(1))
             else:
                 found.append(_resize(logits, (h, w)).argmax(1, keepdim=True).to(torch.uint8))

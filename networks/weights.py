@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from monai.networks.utils import copy_model_state
 from torch import Tensor, nn
 
 from .errors import DataError
+from .trained_for import check_values
 
 __all__ = ["load_matching", "load_torchscript", "load_weights", "read_tensors", "read_weights"]
 
@@ -73,16 +74,18 @@ def read_tensors(path: Path) -> Any:
         ) from error
 
 
-def load_weights(module: nn.Module, path: str | Path) -> None:
+def load_weights(module: nn.Module, path: str | Path, values: Mapping[str, Any] | None = None) -> None:
     """Load a weights file strictly: every tensor of the module, and no other.
 
     Args:
         module: the network; changed only if all tensors fit.
         path: the file, read by :func:`read_weights`.
+        values: what the network is used for, by name; see :func:`networks.trained_for.check_values`.
 
     Raises:
         FileNotFoundError: when there is no such file, with what to do about it.
-        DataError: when the file is unreadable, or tensors are missing, unexpected or of another shape.
+        DataError: when the file is unreadable, tensors are missing, unexpected or of another shape, or the ``.json``
+            beside it says that the weights were trained for other values.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,6 +95,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             "or name a file in another folder by --ckpt_dir (it must be called model.pt)."
             + (f" For {shipped}, build the release by bundles/release.py and run that." if shipped.is_file() else "")
         )
+    check_values(path.with_suffix(".json"), values or {})
     load_state_dict(module, read_weights(path), source=str(path))
 
 

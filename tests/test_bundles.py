@@ -242,10 +242,42 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
         values = {**options, "epochs": 2, "resume": True, "pretrained": False, **value}
         result = run_bundle("training", f"{configs}/train.json", check=False, **values)
         assert result.returncode == 1 and message in result.stdout
-    usual = "Add --field_of_view None --intensity \"{'_target_': 'ScaleIntensityd', 'keys': 'image'}\" (or remove"
-    values = {"field_of_view": 50, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
-    result = run_bundle("inferring", f"{configs}/inference.json", check=False, **options, **values)
-    assert result.returncode == 1 and usual in result.stdout
+    needed = ("model.pt", "--field_of_view whole", "--intensity minmax")
+    for intensity in ("percentiles 1 99", {"_target_": "NormalizeIntensityd", "keys": "image"}):
+        values = {"field_of_view": 50, "intensity": intensity}
+        result = run_bundle("inferring", f"{configs}/inference.json", check=False, **options, **values)
+        assert result.returncode == 1 and all(option in result.stdout for option in needed)
+    advised = {"field_of_view": "whole", "intensity": "minmax", "output_dir": tmp_path}
+    run_bundle("inferring", f"{configs}/inference.json", **options, **advised)
+
+
+@of_volumes
+def test_none_which_the_runner_drops_is_refused(name, configs, run_bundle, tmp_path):
+    release = json.loads((configs / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps({**release, "field_of_view": 224}))
+    result = run_bundle("training", f"{tmp_path}/train.json", check=False, field_of_view=None)
+    assert result.returncode == 1 and "--field_of_view whole" in result.stdout and "224" in result.stdout
+
+
+@of_volumes
+def test_outside_the_runner_weights_keep_what_they_are_trained_for(name, configs, data, tmp_path, caplog):
+    parser = ConfigParser.load_config_file(configs / "train.json")
+    options = quick(name, bundle_root=str(tmp_path), dataset_dir=str(data), pretrained=False, epochs=1, batch_size=64)
+    parser = ConfigParser({**parser, **options})
+    parser["train"]["handlers"] = [h for h in parser["train"]["handlers"] if "Checkpoints" in h["_target_"]]
+    parser.get_parsed_content("train#trainer").run()
+    kept = json.loads((tmp_path / "models" / "model.json").read_text())
+    assert kept == {
+        "in_channels": 1,
+        "num_classes": 4,
+        "image_size": 32,
+        "field_of_view": "whole",
+        "intensity": "minmax",
+    }
+    parser["train"]["handlers"][0]["values"] = None
+    parser.parse()
+    parser.get_parsed_content("train#trainer").run()
+    assert not (tmp_path / "models" / "model.json").exists() and "model.json" in caplog.text
 
 
 @samples

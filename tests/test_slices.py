@@ -241,12 +241,23 @@ def test_label_inferer_gives_the_plain_recipe_s_labels():
     assert_greatest(together[:1], plain)
 
 
-def test_label_inferer_gives_probabilities_of_a_network_in_training_mode():
-    network = FIAS(1, 4, deep_supervision=False).train()
+def test_label_inferer_gives_probabilities_where_they_are_asked_for_and_never_else():
+    network, volume = FIAS(1, 4, deep_supervision=False), torch.rand(1, 1, 40, 50, 5)
+    sample = LabelInferer((64, 64), batch_size=2, bfloat16=False, probabilities=True)
     with torch.no_grad():
-        pred = LabelInferer((64, 64), batch_size=2, bfloat16=False)(torch.rand(1, 1, 40, 50, 5), network)
-    assert pred.shape == (1, 4, 64, 64, 5)
-    torch.testing.assert_close(pred.sum(1), torch.ones(1, 64, 64, 5))
+        for mode in (True, False):
+            pred = sample(volume, network.train(mode))
+            assert pred.shape == (1, 4, 64, 64, 5)
+            torch.testing.assert_close(pred.sum(1), torch.ones(1, 64, 64, 5))
+        assert torch.equal(sample(volume, network), pred)
+        assert not torch.equal(sample(volume, network.train()), sample(volume, network))
+        with pytest.raises(DataError, match="eval"):  # forgotten
+            LabelInferer((64, 64))(volume, network.train())
+
+
+def test_more_classes_than_a_label_map_holds_are_refused():
+    with torch.no_grad(), pytest.raises(DataError, match="300"):
+        LabelInferer((32, 32))(torch.rand(1, 1, 32, 32, 1), torch.nn.Conv2d(1, 300, 1).eval())
 
 
 def test_bfloat16_is_taken_where_asked_or_there(monkeypatch):

@@ -1,0 +1,84 @@
+"""Grey values and colours of an image scaled to 0 to 1, in the way that one plain value names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, ScaleIntensity, ScaleIntensityRange, ScaleIntensityRangePercentiles
+
+from .errors import DataError
+
+__all__ = ["ScaleIntensityByd", "plain_intensity"]
+
+_WAYS = '"minmax", "percentiles LOW HIGH" or "window LOW HIGH"'
+
+
+class ScaleIntensityByd(MapTransform):
+    """Scale each image to 0 to 1 by one of MONAI's transforms.
+
+    Args:
+        keys: keys of the images.
+        by: ``"minmax"`` makes the smallest value of an image 0 and the greatest 1; ``"percentiles 0.5 99.5"`` does so
+            with these percentiles, and cuts what lies beyond; ``"window -125 275"`` with these values, the same in all
+            images. Or a transform of a dictionary, which is called instead.
+
+    Shape:
+        images of any shape to floating-point numbers of the same.
+
+    Raises:
+        DataError: when ``by`` is none of these.
+    """
+
+    def __init__(self, keys: KeysCollection, by: str | Callable[[Any], Any] = "minmax") -> None:
+        super().__init__(keys)
+        self.by = by
+        self.scale = by if callable(by) else _scaler(by)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if callable(self.by):
+            return self.by(d)
+        for key in self.key_iterator(d):
+            d[key] = self.scale(d[key])
+        return d
+
+
+def _scaler(by: str) -> Callable[[Any], Any]:
+    match str(by).split():
+        case ["minmax"]:
+            return ScaleIntensity()
+        case ["percentiles" | "window" as kind, low, high] if _is_number(low) and float(low) < float(high):
+            if kind == "window":
+                return ScaleIntensityRange(float(low), float(high), 0.0, 1.0, clip=True)
+            if 0 <= float(low) and float(high) <= 100:
+                return ScaleIntensityRangePercentiles(float(low), float(high), 0.0, 1.0, clip=True)
+    raise DataError(f"intensity is {_WAYS}, the lower number first, got {by!r}.")
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).removeprefix("-").isdigit()
+
+
+def plain_intensity(value: Any) -> Any:
+    """A value of ``by`` in one way of writing, also of weights whose config named MONAI's transform itself.
+
+    Args:
+        value: a text, or the dictionary of a transform in a config.
+
+    Returns:
+        The text that means the same; anything else unchanged.
+    """
+    if isinstance(value, str):
+        kind, *numbers = value.split() or [""]
+        return " ".join([kind, *(f"{float(n):g}" if _is_number(n) else n for n in numbers)])
+    if isinstance(value, dict) and value.get("b_min", 0) == 0 and value.get("b_max", 1) == 1:
+        match value.get("_target_", "").rpartition(".")[2]:
+            case "ScaleIntensityd":
+                return "minmax"
+            case "ScaleIntensityRangePercentilesd":
+                return f"percentiles {value['lower']:g} {value['upper']:g}"
+            case "ScaleIntensityRanged":
+                return f"window {value['a_min']:g} {value['a_max']:g}"
+    return value

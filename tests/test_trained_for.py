@@ -1,0 +1,53 @@
+"""What weights were trained for: older ways of writing it, and what a run with other values is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from networks import DataError, check_values
+from networks.intensity import ScaleIntensityByd, plain_intensity
+from networks.trained_for import differences, plain_values
+
+PERCENTILES = {"_target_": "ScaleIntensityRangePercentilesd", "lower": 0.5, "upper": 99.5, "b_min": 0, "b_max": 1}
+WAYS = {
+    "minmax": {"_target_": "ScaleIntensityd", "keys": "image"},
+    "percentiles 0.5 99.5": {**PERCENTILES, "keys": "image", "clip": True},
+    "window -125 275": {"_target_": "ScaleIntensityRanged", "a_min": -125, "a_max": 275, "b_min": 0, "b_max": 1},
+}
+
+
+@pytest.mark.parametrize("text", WAYS)
+def test_older_weights_mean_what_the_plain_values_mean(text):
+    older = {"image_size": 192, "field_of_view": None, "intensity": WAYS[text]}
+    assert plain_values(older) == {"image_size": 192, "field_of_view": "whole", "intensity": text}
+    assert not differences(older, {"image_size": 192, "field_of_view": "whole", "intensity": text})
+    other = differences(
+        {**older, "size": "small"}, {"image_size": 256, "field_of_view": 224, "intensity": "window 0 1"}
+    )
+    quoted = text if text == "minmax" else f'"{text}"'
+    assert other == f"--image_size 192 --field_of_view whole --intensity {quoted}"
+
+
+def test_one_way_of_scaling_written_otherwise_is_the_same():
+    assert plain_intensity("percentiles  0.50 99.5") == plain_intensity("percentiles .5 99.50")
+    own = {"intensity": ScaleIntensityByd("image", "minmax")}
+    assert plain_values(own) == plain_values({"intensity": ScaleIntensityByd("image", "minmax")})
+    assert plain_values(own) != plain_values({"intensity": ScaleIntensityByd("image", "window 0 1")})
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("bundles/*/models/pretrained.json")), ids=str)
+def test_the_shipped_weights_values_are_plain(file: Path):
+    values = plain_values(json.loads(file.read_text()))
+    assert all(isinstance(value, (int, str)) for value in values.values()), values
+
+
+def test_values_that_cannot_be_read_are_named(tmp_path):
+    for content in ("{", "[1]", "null"):
+        (tmp_path / "model.json").write_text(content)
+        with pytest.raises(DataError, match="model.json"):
+            check_values(tmp_path / "model.json", {"image_size": 32})
+    check_values(tmp_path / "none.json", {"image_size": 32})
