@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -39,11 +41,14 @@ NETWORKS = {
     "danie_synapse": lambda: DANIE(1, 9, size="small"),
     "danie_acdc": lambda: DANIE(1, 4, size="small"),
 }
+IMAGES = ("plain", "permuted", "oblique")
+LATER, VERSION = "danie_acdc", "99.0.0"
+CODE = Path("scripts", "networks", "blocks.py")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Four released bundles with random weights; of danie_acdc a later version, whose code turns the classes round."""
+    """Four released bundles with random weights; of one a later version, whose code turns the classes round."""
     dist, models = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("app") / "model"
     for name, build in NETWORKS.items():
         torch.manual_seed(0)
@@ -55,19 +60,26 @@ def models(tmp_path_factory) -> Path:
         (file,) = dist.glob(f"{name}_v*.zip")
         with zipfile.ZipFile(file) as archive:
             archive.extractall(models)
-    code = models / "danie_acdc" / "scripts" / "networks" / "blocks.py"
-    assert "return total" in code.read_text()
-    code.write_text(code.read_text().replace("return total", "return -total"))
-    metadata = models / "danie_acdc" / "configs" / "metadata.json"
-    metadata.write_text(metadata.read_text().replace('"version": "0.1.0"', '"version": "0.9.0"'))
+    edit(models / LATER / CODE, "return total", "return -total")
+    file = models / LATER / "configs" / "metadata.json"
+    metadata = json.loads(file.read_text())
+    assert metadata["version"] != VERSION
+    file.write_text(json.dumps({**metadata, "version": VERSION}))
     return models
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text, f"{file} has no {old!r}"
+    file.write_text(text.replace(old, new))
 
 
 @pytest.fixture(scope="module")
 def studies(phantoms, tmp_path_factory) -> Path:
-    """One CT three times: as it is, with axes permuted and flipped, and rotated."""
+    """One CT three times: as it is, with axes permuted and flipped, and rotated; and another CT."""
     folder = tmp_path_factory.mktemp("studies")
-    image = nib.load(next(phantoms("btcv").rglob("img0001.nii.gz")))
+    image, other = (nib.load(next(phantoms("btcv").rglob(f"img000{i}.nii.gz"))) for i in (1, 2))
+    nib.save(other, folder / "other.nii.gz")
     nib.save(image, folder / "plain.nii.gz")
     nib.save(image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]])), folder / "permuted.nii.gz")
     tilt = nib.affines.from_matvec([[0.96, 0.28, 0], [-0.28, 0.96, 0], [0, 0, 1]])
@@ -80,11 +92,15 @@ def alone(models, studies, tmp_path_factory) -> Path:
     """Label maps that the bundle runner makes of the same images with each bundle alone."""
     output = tmp_path_factory.mktemp("alone")
     for name in NETWORKS:
-        options = {"dataset_dir": studies, "output_dir": output / name, "device": "cpu"}
-        arguments = [f"--{key}={value}" for key, value in options.items()]
-        command = ["-m", "monai.bundle", "run", "inferring", "--config_file", "configs/inference.json", *arguments]
-        run(*command, cwd=models / name, path="")
+        run_alone(models / name, studies, output / name)
     return output
+
+
+def run_alone(bundle: Path, studies: Path, output: Path) -> None:
+    options = {"dataset_dir": studies, "output_dir": output, "device": "cpu"}
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    command = ["-m", "monai.bundle", "run", "inferring", "--config_file", "configs/inference.json", *arguments]
+    run(*command, cwd=bundle, path="")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +130,8 @@ def server(models, studies, alone) -> Iterator[str]:
         _wait(address, process)
         yield address
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it did not start, which the log tells of
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         log.close()
         print((models.parent / "server.log").read_text()[-6000:])
@@ -148,7 +165,7 @@ def test_all_volume_bundles_are_listed_with_version_and_labels(server):
     known = ask("GET", f"{server}/info/").json()["models"]
     for name in NETWORKS:
         own = json.loads((ROOT / "bundles" / name / "configs" / "metadata.json").read_text())["version"]
-        assert known[name]["version"] == ("0.9.0" if name == "danie_acdc" else own)
+        assert known[name]["version"] == (VERSION if name == LATER else own)
         labels = known[name]["labels"]
         if name.endswith("acdc"):
             assert labels == {"right ventricle": 1, "myocardium": 2, "left ventricle": 3}
@@ -156,8 +173,23 @@ def test_all_volume_bundles_are_listed_with_version_and_labels(server):
             assert len(labels) == 8 and labels["aorta"] == 1
 
 
+def test_the_later_version_s_code_answers_otherwise(models, studies, alone, tmp_path):
+    """Else the next test would not tell whose code the server runs."""
+    released = shutil.copytree(models / LATER, tmp_path / LATER)
+    edit(released / CODE, "return -total", "return total")
+    images = tmp_path / "images"  # without what the server keeps beside them
+    images.mkdir()
+    for image in IMAGES:
+        shutil.copy(studies / f"{image}.nii.gz", images)
+    run_alone(released, images, tmp_path / "output")
+    for image in IMAGES:
+        folders = (alone / LATER, tmp_path / "output")
+        later, own = (np.asarray(nib.load(folder / f"{image}_seg.nii.gz").dataobj) for folder in folders)
+        assert np.mean(later == own) < 0.5
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("image", ["plain", "permuted", "oblique"])
+@pytest.mark.parametrize("image", IMAGES)
 def test_inference_gives_the_bundle_s_own_answer_on_the_image_s_grid(server, studies, alone, tmp_path, name, image):
     source = nib.load(studies / f"{image}.nii.gz")
     label = infer(server, name, image, tmp_path)
@@ -181,11 +213,31 @@ def test_training_and_scoring(server, models, studies, tmp_path):
         request = {"device": "cpu", "max_epochs": 1, "val_split": 0.5}
         ask("POST", f"{server}/train/{name}?run_sync=true", json=request)
         after = torch.load(app / name / "models" / "model.pt", weights_only=True)
-        assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
-    for name in NETWORKS:
+        assert before.keys() == after.keys()
+        steps = torch.cat([(after[k] - before[k]).abs().flatten() for k in before if k.startswith("heads.")])
+        assert 0 < steps.max() < 0.01  # trained, and from the served weights: random_heads' are of the order of 1
+    for name, build in NETWORKS.items():
         config = ask("GET", f"{server}/info/").json()["trainers"][name]["config"]
         assert config["model_filename"] == ["model.pt"]  # not the training state, whose weights it would not find
-        ask("POST", f"{server}/scoring/{name}?run_sync=true", json={"device": "cpu"})
-        info = ask("GET", f"{server}/datastore/image/info?image=permuted").json()
-        print(name, json.dumps(info))
-        assert np.isfinite(info["epistemic_entropy"])
+        first, second = (score(server, name, app / name / "models" / "model.pt") for _ in range(2))
+        classes = build().heads.convs[0].out_channels
+        for entropy in first + second:  # of probabilities: of label maps it would be a finite number too
+            assert 0 < entropy <= math.log(classes)
+        assert not set(first) & set(second)  # dropout draws anew
+
+
+def score(server: str, name: str, model: Path) -> list[float]:
+    """The scores of the two images without labels, by weights that the server takes for new ones."""
+    ts = int(model.stat().st_mtime) + 1
+    os.utime(model, (ts, ts))
+    # By default two threads score. Each inference unloads ``scripts`` while the other thread's imports it: HTTP 500.
+    request = {"device": "cpu", "max_workers": 1}
+    summary = ask("POST", f"{server}/scoring/{name}?run_sync=true", json=request).json()
+    assert (summary["total"], summary["skipped"], summary["executed"]) == (2, 0, 2)
+    found = []
+    for image in ("permuted", "other"):
+        info = ask("GET", f"{server}/datastore/image/info?image={image}").json()
+        print(name, image, json.dumps(info))
+        assert info["epistemic_ts"] == ts  # this bundle's score, not an earlier one's
+        found.append(info["epistemic_entropy"])
+    return found
