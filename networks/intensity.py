@@ -1,4 +1,4 @@
-"""Grey values and colours of an image scaled to 0 to 1, in the way that one plain value names."""
+"""Grey values and colours of an image scaled for the network, in the way that one plain value names."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, ScaleIntensity, ScaleIntensityRange, ScaleIntensityRangePercentiles
+from monai.transforms import (
+    MapTransform,
+    NormalizeIntensity,
+    ScaleIntensity,
+    ScaleIntensityRange,
+    ScaleIntensityRangePercentiles,
+)
 
 from .errors import DataError
 
 __all__ = ["ScaleIntensityByd", "plain_intensity"]
 
-_WAYS = '"minmax", "percentiles LOW HIGH" or "window LOW HIGH"'
+_WAYS = '"minmax", "percentiles LOW HIGH", "window LOW HIGH" or "zscore"'
 
 
 class ScaleIntensityByd(MapTransform):
-    """Scale each image to 0 to 1 by one of MONAI's transforms.
+    """Scale each image by one of MONAI's transforms.
 
     Args:
         keys: keys of the images.
         by: ``"minmax"`` makes the smallest value of an image 0 and the greatest 1; ``"percentiles 0.5 99.5"`` does so
             with these percentiles, and cuts what lies beyond; ``"window -125 275"`` with these values, the same in all
-            images. Or a transform of a dictionary, which is called instead.
+            images; ``"zscore"`` makes the mean 0 and the standard deviation 1.
 
     Shape:
         images of any shape to floating-point numbers of the same.
@@ -31,24 +37,23 @@ class ScaleIntensityByd(MapTransform):
         DataError: when ``by`` is none of these.
     """
 
-    def __init__(self, keys: KeysCollection, by: str | Callable[[Any], Any] = "minmax") -> None:
+    def __init__(self, keys: KeysCollection, by: str = "minmax") -> None:
         super().__init__(keys)
-        self.by = by
-        self.scale = by if callable(by) else _scaler(by)
+        self.scale = _scaler(by)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if callable(self.by):
-            return self.by(d)
         for key in self.key_iterator(d):
             d[key] = self.scale(d[key])
         return d
 
 
 def _scaler(by: str) -> Callable[[Any], Any]:
-    match str(by).split():
+    match by.split() if isinstance(by, str) else []:
         case ["minmax"]:
             return ScaleIntensity()
+        case ["zscore"]:
+            return NormalizeIntensity()
         case ["percentiles" | "window" as kind, low, high] if _is_number(low) and float(low) < float(high):
             if kind == "window":
                 return ScaleIntensityRange(float(low), float(high), 0.0, 1.0, clip=True)
@@ -77,6 +82,8 @@ def plain_intensity(value: Any) -> Any:
         match value.get("_target_", "").rpartition(".")[2]:
             case "ScaleIntensityd":
                 return "minmax"
+            case "NormalizeIntensityd" if set(value) <= {"_target_", "keys"}:
+                return "zscore"
             case "ScaleIntensityRangePercentilesd":
                 return f"percentiles {value['lower']:g} {value['upper']:g}"
             case "ScaleIntensityRanged":

@@ -23,18 +23,14 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
         values: by name; those of older weights too.
 
     Returns:
-        Numbers and texts. Of a transform, the names and values of its attributes.
+        Numbers and texts.
     """
-    plain = json.loads(json.dumps(dict(values), default=_described))
+    plain = json.loads(json.dumps(dict(values), default=str))
     if "intensity" in plain:
         plain["intensity"] = plain_intensity(plain["intensity"])
     if plain.get("field_of_view", 0) is None:
         plain["field_of_view"] = "whole"
     return plain
-
-
-def _described(value: Any) -> Any:
-    return {type(value).__name__: vars(value)} if hasattr(value, "__dict__") else str(value)
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:

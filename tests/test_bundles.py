@@ -243,10 +243,9 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
         result = run_bundle("training", f"{configs}/train.json", check=False, **values)
         assert result.returncode == 1 and message in result.stdout
     needed = ("model.pt", "--field_of_view whole", "--intensity minmax")
-    for intensity in ("percentiles 1 99", {"_target_": "NormalizeIntensityd", "keys": "image"}):
-        values = {"field_of_view": 50, "intensity": intensity}
-        result = run_bundle("inferring", f"{configs}/inference.json", check=False, **options, **values)
-        assert result.returncode == 1 and all(option in result.stdout for option in needed)
+    values = {"field_of_view": 50, "intensity": "zscore"}
+    result = run_bundle("inferring", f"{configs}/inference.json", check=False, **options, **values)
+    assert result.returncode == 1 and all(option in result.stdout for option in needed)
     advised = {"field_of_view": "whole", "intensity": "minmax", "output_dir": tmp_path}
     run_bundle("inferring", f"{configs}/inference.json", **options, **advised)
 
@@ -296,7 +295,7 @@ def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, 
     options = {**options, "epochs": 3, "resume": True, "batch_size": 6, **quick(name, pretrained=False)}
     result = run_bundle("training", f"{configs}/train.json", check=False, **options)
     assert result.returncode == 1
-    assert "training with averaged weights. Resume with the same config files." in result.stdout
+    assert "last.ckpt" in result.stdout and "averaged" in result.stdout
 
 
 def test_the_average_is_that_of_ignite():
@@ -583,6 +582,8 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     assert {**train["validate"]["inferer"], "flips": "@flips"} == evaluate["inferer"]
     without_label = [t for t in evaluate["preprocessing"]["transforms"] if isinstance(t, str) or t["keys"] != "label"]
     assert without_label == inference["preprocessing"]["transforms"]
+    for part, own in (("inferer", "probabilities"), ("network_def", "dropout")):
+        del inference[part][own]  # of MONAI Label's scoring, of which evaluation knows nothing
     for key in ("inferer", "dataloader", "network_def", "network"):
         assert evaluate[key] == inference[key]
     for a, b in ((train, evaluate), (evaluate, inference)):
@@ -594,16 +595,18 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
 
 
 def test_what_the_bundles_share_is_the_same_word_for_word(configs):
-    """Bundles differ in named values at the top, the intensity transform, the network and its optimiser alone."""
+    """Bundles differ in named values at the top, the network and its optimiser alone."""
     own = (
-        "name dataset_dir layout suffixes ignore output_ext metrics pooled_metrics size in_channels num_classes epochs "
-        "batch_size dice_weight ce_weight dropout zoom_range shift_range cache_validation pretrained deep_supervision"
+        "name dataset_dir layout suffixes ignore output_ext metrics pooled_metrics size in_channels num_classes "
+        "intensity epochs batch_size dice_weight ce_weight dropout zoom_range shift_range cache_validation pretrained "
+        "deep_supervision"
     ).split()
 
     def shared(file: Path) -> str:
-        text = re.sub(r'    "(network_def|intensity)": \{(\n.*?\n    \}|.*?\}),\n', "", file.read_text(), flags=re.S)
+        text = re.sub(r'    "network_def": \{\n.*?\n    \},\n', "", file.read_text(), flags=re.S)
         text = re.sub(r'"torch\.optim\.\w+"', "", text)
-        return re.sub(rf'    "({"|".join(own)})": .*\n', "", text)
+        text = re.sub(r' +"size": "@size",\n', "", text)
+        return re.sub(rf'^    "({"|".join(own)})": .*\n', "", text, flags=re.M)
 
     first = ROOT / "bundles" / BUNDLES[0]
     for file in sorted(configs.glob("*")):

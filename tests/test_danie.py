@@ -211,13 +211,13 @@ def test_each_ablation_is_another_network_of_the_same_interface():
 
 
 def test_unknown_arguments_are_refused_with_what_is_known():
-    with pytest.raises(ValueError, match="size is one of 'small', 'large', got 'medium'"):
+    with pytest.raises(ValueError, match="size.*'small', 'large'.*'medium'"):
         DANIE(1, 2, size="medium")
-    with pytest.raises(ValueError, match="attention is one of .*got 'both'"):
+    with pytest.raises(ValueError, match="attention.*'both'"):
         DANIE(1, 2, attention="both")
-    with pytest.raises(ValueError, match="fusion is one of .*got 'sum'"):
+    with pytest.raises(ValueError, match="fusion.*'sum'"):
         DANIE(1, 2, fusion="sum")
-    with pytest.raises(ValueError, match="img_size is a size in pixels or a pair of them, got 0"):
+    with pytest.raises(ValueError, match="img_size.* 0"):
         DANIE(1, 2, img_size=0)
     with pytest.raises(ValueError, match="both False"):
         DANIE(1, 2, self_attention=False, hierarchical_attention=False)
@@ -269,9 +269,9 @@ def test_a_file_of_timm_s_weights_loads_exactly(imagenet, tmp_path, suffix):
 
 def test_weights_of_another_network_are_refused_by_name(imagenet, tmp_path):
     torch.save({k: v for k, v in imagenet.items() if "stages.2" not in k}, tmp_path / "part.pth")
-    with pytest.raises(DataError, match=r"part.pth.*missing: stages_2"):
+    with pytest.raises(DataError, match=r"part.pth.*missing.*stages_2"):
         small(pretrained=tmp_path / "part.pth")
-    with pytest.raises(DataError, match=r"other.pth.*of another shape"):
+    with pytest.raises(DataError, match=r"other.pth.*shape"):
         torch.save(imagenet, tmp_path / "other.pth")
         DANIE(1, 2, size="large", img_size=64, pretrained=tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="none.pth"):

@@ -130,28 +130,28 @@ def test_absent_test_cases_are_said_and_training_goes_on(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(cases("isic2018", tmp_path, "train")) == 4
     assert "no test cases" in caplog.text
-    with pytest.raises(DataError, match="No test cases in .*: it holds 4 train.*ISIC2018_Task1-2_Training_Input"):
+    with pytest.raises(DataError, match=f"test.*{tmp_path}.*4 train.*ISIC2018_Task1-2_Training_Input"):
         cases("isic2018", tmp_path, "test")
 
 
 def test_wrong_folders_are_named(tmp_path):
     for layout in LAYOUTS:
         if layout != "datalist":
-            with pytest.raises(DataError, match=f"No train cases in {tmp_path}.*Expected"):
+            with pytest.raises(DataError, match=f"train.*{tmp_path}"):
                 cases(layout, tmp_path, "train")
-    with pytest.raises(ValueError, match="split is one of 'train', 'validation', 'test', got 'val'"):
+    with pytest.raises(ValueError, match="split.*'validation'.*'val'"):
         cases("acdc", tmp_path, "val")
-    with pytest.raises(ValueError, match="layout is one of .*'btcv_papers'.*got 'synapse'"):
+    with pytest.raises(ValueError, match="layout.*'btcv_papers'.*'synapse'"):
         cases("synapse", tmp_path, "train")
-    with pytest.raises(DataError, match="none does not exist"):
+    with pytest.raises(DataError, match=f"{tmp_path}/none"):
         cases("acdc", tmp_path / "none", "train")
     folder = tmp_path / "patient001"
     touch(folder / "patient001_frame12.nii.gz")
-    with pytest.raises(DataError, match="patient001_frame12.nii.gz has no label: expected .*frame12_gt"):
+    with pytest.raises(DataError, match="patient001_frame12.nii.gz.*label.*frame12_gt"):
         cases("acdc", tmp_path, "train")
     shutil.rmtree(folder)
     folder.mkdir()
-    with pytest.raises(DataError, match="No images in .*patient001"):
+    with pytest.raises(DataError, match="images.*patient001"):
         cases("acdc", tmp_path, "train")
 
 
@@ -159,12 +159,12 @@ def test_a_case_that_is_there_twice_or_in_two_splits_is_named(tmp_path):
     isic2018(tmp_path, {"Training": 2, "Test": 1})
     training = tmp_path / "ISIC2018_Task1-2_Training_Input"
     touch(training / "ISIC_0000001.png")
-    with pytest.raises(DataError, match="ISIC_0000001 is there twice: .*Training.*jpg and .*Training.*png"):
+    with pytest.raises(DataError, match="ISIC_0000001.*Training.*jpg.*Training.*png"):
         cases("isic2018", tmp_path, "train")
     (training / "ISIC_0000001.png").unlink()
     test = tmp_path / "ISIC2018_Task1-2_Test_Input" / "ISIC_0000000.jpg"
     touch(test)
-    with pytest.raises(DataError, match="ISIC_0000000 is there twice: .*Training.* and .*Test"):
+    with pytest.raises(DataError, match="ISIC_0000000.*Training.*Test"):
         cases("isic2018", tmp_path, "train")
 
 
@@ -175,7 +175,7 @@ def test_your_own_folder_is_divided_by_name(tmp_path):
     assert {split: len(ids) for split, ids in found.items()} == {"train": 7, "validation": 1, "test": 2}
     assert sorted(sum(found.values(), [])) == [f"scan.{n}" for n in range(10)]
     (tmp_path / "labels" / f"{found['train'][0]}.nii.gz").unlink()
-    with pytest.raises(DataError, match=f"{found['train'][0]}.nii.gz has no label"):
+    with pytest.raises(DataError, match=f"{found['train'][0]}.nii.gz.*label"):
         cases("folder", tmp_path, "train")
 
 
@@ -186,12 +186,12 @@ def test_a_decathlon_datalist_names_its_own_splits(tmp_path):
     file.write_text(json.dumps({"training": [entry], "test": ["imagesTs/b.nii.gz"]}))
     (case,) = cases("datalist", file, "train")
     assert case == {"id": "a", **{key: str(tmp_path / value) for key, value in entry.items()}}
-    with pytest.raises(DataError, match="No validation cases.*Expected lists 'training', 'validation' and 'test'"):
+    with pytest.raises(DataError, match="validation.*'training', 'validation' and 'test'"):
         cases("datalist", file, "validation")
-    with pytest.raises(DataError, match="No test cases"):
+    with pytest.raises(DataError, match="test.*dataset.json"):
         cases("datalist", file, "test")
     file.write_text("{")
-    with pytest.raises(DataError, match="Cannot read .*dataset.json as a datalist"):
+    with pytest.raises(DataError, match="dataset.json"):
         cases("datalist", file, "train")
 
 
@@ -202,7 +202,7 @@ def test_a_datalist_of_a_folder_per_patient_tells_images_of_one_name_apart(tmp_p
     file.write_text(json.dumps({"training": entries[:2], "test": entries[2:]}))
     assert [c["id"] for c in cases("datalist", file, "train")] == ["p1/ct", "p2/ct"]
     file.write_text(json.dumps({"training": entries[:2], "test": entries[1:]}))
-    with pytest.raises(DataError, match="p2/ct is there twice"):
+    with pytest.raises(DataError, match="p2/ct.*twice"):
         cases("datalist", file, "train")
 
 
@@ -214,7 +214,7 @@ def test_image_files_of_a_folder(tmp_path):
     assert [f["id"] for f in files] == ["patient001_frame01", "patient001_frame12"]
     assert [f["id"] for f in image_files(tmp_path, suffixes=[".jpg", ".png"])] == ["photo"]
     touch(folder / "photo.png")
-    with pytest.raises(DataError, match="photo.JPG and .*photo.png would have one label map"):
+    with pytest.raises(DataError, match="photo.JPG.*photo.png"):
         image_files(tmp_path, suffixes=[".jpg", ".png"])
     with pytest.raises(DataError, match=f"{tmp_path}/none"):
         image_files(tmp_path / "none")

@@ -35,7 +35,7 @@ def test_labels_are_mapped_where_the_case_says_how_and_others_stay(tmp_path):
     assert torch.equal(load(case)["label"][0], torch.from_numpy(raw))
     own = Compose([LoadVolumed("label"), MapLabelsd("label", {"0": 0, "5": 2, "8": 1, "11": 0})])  # as in JSON
     assert own(case)["label"][0, :, 0, 0].tolist() == [1, 2, 0, 0]
-    with pytest.raises(DataError, match=r"label.nii.gz holds the values \[11.0\], expected none but 0, 5, 8"):
+    with pytest.raises(DataError, match=r"label.nii.gz.*\[11.0\].*0, 5, 8"):
         VolumeDataset([{**case, "label_values": {0: 0, 5: 0, 8: 1}}], load)[0]
 
 

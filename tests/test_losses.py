@@ -44,7 +44,7 @@ def test_weights_by_subset_and_any_number_of_maps(maps_and_label):
     weighted = SubsetSumLoss(LOSS, weights=(1, 0.5, 2))
     torch.testing.assert_close(weighted([a, b], y), LOSS(a, y) + 0.5 * LOSS(b, y) + 2 * LOSS(a + b, y))
     assert len(list(SubsetSumLoss.subsets(4))) == 15
-    with pytest.raises(ValueError, match="7 non-empty subsets, got 3 weights"):
+    with pytest.raises(ValueError, match="7.*3 weights"):
         weighted([a, b, c], y)
     with pytest.raises(ValueError, match="at least one"):
         SubsetSumLoss(LOSS)([], y)

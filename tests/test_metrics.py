@@ -151,7 +151,7 @@ def test_pixel_metrics_of_a_lesion_counted_by_hand():
 def test_handlers_carry_their_names_and_unknown_metrics_are_refused():
     assert list(metric_handlers(["dice", "hd95"], 4)) == ["val_mean_dice", "val_hd95"]
     assert list(metric_handlers([], 2, pooled=["dice"])) == ["val_pooled_dice"]
-    with pytest.raises(ValueError, match="metric is one of .*'hd95'.*got 'hausdorff'"):
+    with pytest.raises(ValueError, match="metric.*'hd95'.*'hausdorff'"):
         metric_handlers(["hausdorff"], 2)
-    with pytest.raises(ValueError, match="convention is one of 'sound', 'papers', got 'monai'"):
+    with pytest.raises(ValueError, match="convention.*'sound', 'papers'.*'monai'"):
         metric_handlers(["dice"], 2, "monai")

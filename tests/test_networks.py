@@ -148,20 +148,20 @@ def test_small_batches_and_sizes_train(build, shape):
 
 @pytest.mark.parametrize("net", [FIAS(1, 4), DANIE(1, 4, self_attention=False)])
 def test_one_value_per_channel_is_answered_with_what_to_do(net):
-    with pytest.raises(ValueError, match="cannot train on a single slice of 32 x 32 pixels.*Train on larger slices"):
+    with pytest.raises(ValueError, match="single slice.*32 x 32"):
         net.train()(torch.zeros(1, 1, 32, 32))
     assert net.eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 4, 32, 32)
 
 
 def test_wrong_inputs_are_answered_with_what_was_expected(build):
     net = build(1, 4).eval()
-    with pytest.raises(ValueError, match=r"expects B, 1, H, W.*got shape \[1, 64, 64\]"):
+    with pytest.raises(ValueError, match=r"B, 1, H, W.*\[1, 64, 64\]"):
         net(torch.zeros(1, 64, 64))
-    with pytest.raises(ValueError, match="in_channels=1, got an input of 3 channels"):
+    with pytest.raises(ValueError, match="in_channels=1.*3 channels"):
         net(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 64"):
+    with pytest.raises(ValueError, match="32 x 32.*31 x 64"):
         net(torch.zeros(1, 1, 31, 64))
-    with pytest.raises(ValueError, match="spatial_dims=2, got 3"):
+    with pytest.raises(ValueError, match="spatial_dims=2.*3"):
         build(spatial_dims=3)
 
 
@@ -284,16 +284,16 @@ def test_script_saves_loads_and_equals(build):
     scripted = torch.jit.load(file)
     with torch.no_grad():
         torch.testing.assert_close(scripted(x), net(x), atol=1e-5, rtol=1e-5)
-        with pytest.raises(Exception, match="got an input of 3 channels"):
+        with pytest.raises(Exception, match="3 channels"):
             scripted(image(1, 3, 64, 64))
     assert len(scripted.train()(x)) > 1
 
 
 def test_a_file_that_is_no_torchscript_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No network at .*model.ts. Export it by"):
+    with pytest.raises(FileNotFoundError, match="model.ts.*ckpt_export"):
         load_torchscript(tmp_path / "model.ts")
     (tmp_path / "model.ts").write_bytes(b"no network")
-    with pytest.raises(DataError, match=r"Cannot read .*model.ts as TorchScript"):
+    with pytest.raises(DataError, match="model.ts.*TorchScript"):
         load_torchscript(tmp_path / "model.ts")
 
 

@@ -231,16 +231,17 @@ def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
 
 
 def test_weights_are_released_with_the_values_they_were_trained_with(weights, schema, phantoms, tmp_path, capsys):
-    values = {"image_size": 64, "field_of_view": 90, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
+    values = {"image_size": 64, "field_of_view": 90, "intensity": "zscore"}
+    older = {**values, "intensity": {"_target_": "NormalizeIntensityd", "keys": "image"}}
     shutil.copy(weights, tmp_path / "model.pt")
-    (tmp_path / "model.json").write_text(json.dumps({"in_channels": 1, "num_classes": 4, **values}))
+    (tmp_path / "model.json").write_text(json.dumps({"in_channels": 1, "num_classes": 4, **older}))
     script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt"), schema=str(schema))
     extractall(tmp_path / f"{FIAS_ACDC}.zip", tmp_path)
     for config in ("train", "evaluate", "inference"):
         assert values.items() <= json.loads((tmp_path / "fias_acdc" / "configs" / f"{config}.json").read_text()).items()
     command = ["run", "inferring", "--config_file", "configs/inference.json", "--dataset_dir", str(phantoms("acdc"))]
     result = bundle_runner(*command, "--image_size", "96", cwd=tmp_path / "fias_acdc", check=False)
-    assert "model.pt was trained with other values than this run has. Add --image_size 64 (or remove" in result.stdout
+    assert "model.pt" in result.stdout and "--image_size 64" in result.stdout
     assert result.returncode == 1 and not list((tmp_path / "fias_acdc" / "eval").glob("*_seg*"))
     for file in (tmp_path / "model.pt", tmp_path / "model.json"):
         file.rename(f"{file}.previous")
@@ -296,7 +297,9 @@ def test_a_released_bundle_gives_the_figures_of_its_docs(pretrained):
     with (pretrained / "eval" / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
     dice = {name.replace(" ", "_"): np.mean([float(row[name]) for row in rows]) for name in rows[0] if "dice" in name}
-    claimed = json.loads((pretrained / "configs" / "metadata.json").read_text())["eval_metrics"]
+    figures = json.loads((pretrained / "configs" / "metadata.json").read_text())["eval_metrics"]
+    kept = {key: value for key, value in figures.items() if key.startswith("validation_") and "dice" in key}
+    claimed = {key.removeprefix("validation_"): value for key, value in kept.items()}
     assert {"mean_dice": np.mean([*dice.values()]), **dice} == pytest.approx(claimed, abs=0.001)
 
 

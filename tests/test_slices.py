@@ -184,7 +184,7 @@ def test_a_field_of_view_gives_all_cases_pixels_of_one_size():
     whole = {"image": labels[0]}
     assert FieldOfViewd("image", None)(whole)["image"] is labels[0]
     for wrong in (0, True, float("inf"), "wide"):
-        with pytest.raises(DataError, match=f"field_of_view is a number of millimetres.*got {wrong!r}"):
+        with pytest.raises(DataError, match=f"field_of_view.*{wrong!r}"):
             FieldOfViewd("image", wrong)
 
 
@@ -439,9 +439,9 @@ def test_empty_slices_are_dropped_or_visited_less_often(volumes):
         assert set(EVERY) - empty <= set(epoch)
         counts.update(value for value in epoch if value in empty)
     assert set(counts) == empty and sum(counts.values()) == 120 and min(counts.values()) > 10
-    with pytest.raises(ValueError, match="share from 0 to 1"):
+    with pytest.raises(ValueError, match="empty_weight"):
         SliceDataset(volumes, LOAD, empty_weight=2)
-    with pytest.raises(ValueError, match="no volumes"):
+    with pytest.raises(ValueError, match="dataset_dir"):
         SliceDataset([], LOAD)
 
 
