@@ -17,9 +17,9 @@ A release holds the bundle's configs, docs and licence, its weights where there 
 the code that it needs: ``scripts`` is the one module name that MONAI Label unloads between bundles, so bundles of two
 releases serve side by side, each with its own code. The configs' ``networks.`` becomes ``scripts.networks.``.
 
-Where there are weights, the values that they were trained with, by ``model.json`` beside them, are those of the
-release's configs, and training goes on from them: ``start_from`` names them, and no other pretrained weights are
-fetched. MONAI Label, which trains without asking for more, can so train offline.
+Where there are weights, ``model.json`` beside them tells what they were trained for: evaluation and inference read it,
+and the release's ``train.json`` has the same values. Training goes on from them: ``start_from`` names them, and no
+other pretrained weights are fetched. MONAI Label, which trains without asking for more, can so train offline.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
     if weights and not model.is_file():
         raise FileNotFoundError(f"No weights at {model}.")
     baked = dict.fromkeys(values, False)
+    trained: dict[str, Any] = {}  # evaluation and inference read these from beside the weights
     if model.is_file():
         flat = io.BytesIO()  # bare, on the CPU: MONAI Label and the exports read it leniently, without saying where to
         state = read_weights(model)
@@ -149,14 +150,16 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         files["models/model.pt"] = flat.getvalue()
         print(f"weights: {model}")
         if (seen := Path(re.sub(r"\.(pt|safetensors)(?=(\.previous)?$)", ".json", str(model)))).is_file():
-            files["models/model.json"] = seen.read_bytes()
-            trained = plain_values(json.loads(files["models/model.json"]))
+            trained = plain_values(json.loads(seen.read_bytes()))
             if other := differences(trained, values):
                 raise DataError(f"{model} was trained with {other}: set cannot be otherwise.")
-            values = {**trained, **values}
         else:
             print(f"No {seen}: the release has the config's own values, whatever {model} was trained with.")
-        values = {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False, **values}
+        version = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
+        record = {**trained, "shipped": f"{name} {version}"}
+        files["models/model.json"] = f"{json.dumps(record, indent=4)}\n".encode()
+        trained = {k: v for k, v in trained.items() if k not in ("network", "shipped")}
+        trained |= {"start_from": "$@bundle_root + '/models/model.pt'", "pretrained": False}
     for config in sorted((*(source / "configs").glob("*.json"), source / "configs" / "logging.conf")):
         text = config.read_text(encoding="utf-8")
         if config.name == "metadata.json":
@@ -167,8 +170,10 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         else:
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
             # the overlays of a device, such as TensorRT's, hold some of these to what it needs
-            for key, value in values.items() if config.stem in ("train", "evaluate", "inference") else ():
-                if match := re.search(rf'^    "{re.escape(key)}": ', text, re.M):
+            bake = {"train": {**trained, **values}, "evaluate": values, "inference": values}.get(config.stem, {})
+            for key, value in bake.items():
+                indent = " " * (4 if f"@trained['{key}']" not in text else 8)
+                if match := re.search(rf'^{indent}"{re.escape(key)}": ', text, re.M):
                     usual, end = json.JSONDecoder().raw_decode(text, match.end())
                     text = text if usual == value else text[: match.end()] + json.dumps(value) + text[end:]
                     baked[key] = True
@@ -229,7 +234,8 @@ def _verify(folder: Path) -> None:
     if (folder / "models" / "model.pt").is_file():
         config = (folder / "configs" / "inference.json").read_text(encoding="utf-8")
         config = config.replace('"scripts.networks.', '"networks.')
-        load_weights(ConfigParser(json.loads(config)).get_parsed_content("network_def"), folder / "models" / "model.pt")
+        parser = ConfigParser({**json.loads(config), "bundle_root": str(folder)})
+        load_weights(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")
 
 
 def _large_file(weights: Path, url: str) -> str:

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .errors import DataError
 from .files import whole_file, write_csv
-from .trained_for import differences, plain_values
+from .trained_for import differences, plain_values, trained_values
 from .weights import load_state_dict, read_tensors
 
 __all__ = ["EMA", "Checkpoints", "EpochSeed", "History", "ProgressBar", "ShareBuffers", "WholeOutput", "read_history"]
@@ -148,7 +148,7 @@ class Checkpoints:
         self.resume = resume
         self.averaged = averaged
         self.schedule = schedule
-        self.values = None if values is None else plain_values(values)
+        self.values = None if values is None else plain_values({"network": type(self.network).__name__, **values})
         self.due = time.monotonic()  # when last.ckpt is to be written again
         validated = getattr(evaluator, "network", self.network)
         if validated is not (averaged or self.network):
@@ -173,16 +173,21 @@ class Checkpoints:
     def keep_previous(self, trainer: Trainer) -> None:
         """Copy ``model.pt`` and ``model.json`` of an earlier training to ``.previous``, rename its ``last.ckpt``.
 
-        Else a training that is broken off in its first epoch would be resumed as the earlier one.
+        Those that a release was shipped with are copied to ``pretrained.pt`` and ``pretrained.json``. Without the new
+        name, a training that is broken off in its first epoch would be resumed as the earlier one.
         """
         last = self.directory / "last.ckpt"
         if trainer.state.rank == 0 and last.is_file():
             last.replace(f"{last}.previous")
+        if trainer.state.rank != 0:
+            return
+        shipped = "shipped" in trained_values(self.directory / "model.pt")
         for file in (self.directory / "model.pt", self.directory / "model.json"):
-            if trainer.state.rank == 0 and file.is_file():
-                with whole_file(Path(f"{file}.previous")) as name:
+            if file.is_file():
+                kept = file.with_stem("pretrained") if shipped else Path(f"{file}.previous")
+                with whole_file(kept) as name:
                     shutil.copyfile(file, name)
-                logger.warning(f"{file} of an earlier training will be replaced: a copy is {file}.previous.")
+                logger.warning(f"{file} will be replaced by this training's: a copy is {kept}.")
 
     def ensure(self, trainer: Trainer) -> None:
         """Write ``model.pt`` at the end of a training that was too short to be validated, or had nothing to score."""

@@ -159,6 +159,8 @@ def record_run(output_dir: str | Path, name: str, *cases: Sequence[Mapping[str, 
                 continue  # each process has its own
             if key in config and isinstance(value, (str, torch.device)):
                 config[key] = str(value)
+            if key in config and key in config.get("trained_for", {}):
+                config[key] = value  # which the weights told
     if "resume" in config:
         config["resume"] = False  # the one value that makes no other results
     config["_run_"] = {

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .intensity import plain_intensity
 
-__all__ = ["check_values", "differences", "plain_values"]
+__all__ = ["check_values", "differences", "is_number", "plain_intensity", "plain_values", "trained_values"]
+
+
+NO_OPTIONS = ("network", "shipped")
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,41 +35,96 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def trained_values(weights: str | Path, **usual: Any) -> dict[str, Any]:
+    """What some weights were trained for, by the ``.json`` beside them.
+
+    Args:
+        weights: their file.
+        usual: values of what the file does not tell, or where there is none.
+
+    Returns:
+        Values by name.
+
+    Raises:
+        DataError: when the file is damaged.
+    """
+    return {**usual, **_read(Path(weights).with_suffix(".json"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return plain_values(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"Cannot read {path}, what the weights beside it were trained for: {error}.") from error
+
+
+def plain_intensity(value: Any) -> Any:
+    """An intensity in one way of writing, also of weights whose config named MONAI's transform itself.
+
+    Args:
+        value: a text, or the dictionary of a transform in a config.
+
+    Returns:
+        The text that means the same; anything else unchanged.
+    """
+    if isinstance(value, str):
+        kind, *numbers = value.split() or [""]
+        return " ".join([kind, *(f"{float(n):g}" if is_number(n) else n for n in numbers)])
+    if isinstance(value, dict) and value.get("b_min", 0) == 0 and value.get("b_max", 1) == 1:
+        match value.get("_target_", "").rpartition(".")[2]:
+            case "ScaleIntensityd":
+                return "minmax"
+            case "NormalizeIntensityd" if set(value) <= {"_target_", "keys"}:
+                return "zscore"
+            case "ScaleIntensityRangePercentilesd":
+                return f"percentiles {value['lower']:g} {value['upper']:g}"
+            case "ScaleIntensityRanged":
+                return f"window {value['a_min']:g} {value['a_max']:g}"
+    return value
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a decimal number, such as ``-0.5``."""
+    return text.replace(".", "", 1).removeprefix("-").isdigit()
+
+
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Options of a command line that would make some values those wanted; empty where they are.
+
+    The network's name and that of the release are no options.
 
     Args:
         wanted: values by name.
         found: values by name; of one that is absent, nothing is wanted.
     """
     own = plain_values(found)
-    other = {name: value for name, value in plain_values(wanted).items() if name in own and own[name] != value}
+    wanted = {name: value for name, value in plain_values(wanted).items() if name not in NO_OPTIONS}
+    other = {name: value for name, value in wanted.items() if name in own and own[name] != value}
     return " ".join(
         f"--{name} {value}" if isinstance(value, (int, float)) or " " not in str(value) else f'--{name} "{value}"'
         for name, value in other.items()
     )
 
 
-def check_values(file: str | Path, values: Mapping[str, Any]) -> None:
+def check_values(weights: str | Path, values: Mapping[str, Any]) -> None:
     """Refuse weights that were trained for other values than a run has.
 
     Args:
-        file: the ``model.json`` beside the weights; one that is absent tells nothing, and nothing is refused.
+        weights: their file; without a ``.json`` beside it nothing is known, and nothing is refused.
         values: the run's, by name.
 
     Raises:
-        DataError: naming the options that the weights need; when the file is damaged.
+        DataError: naming the other network, or the options that contradict the weights; when the file is damaged.
     """
-    path = Path(file)
-    if not path.is_file():
-        return
-    try:
-        trained = json.loads(path.read_text(encoding="utf-8"))
-        other = differences(trained, values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"Cannot read {path}, what the weights beside it were trained for: {error}.") from error
-    if other:
+    record = Path(weights).with_suffix(".json")
+    trained = _read(record)
+    name, own = trained.get("network"), values.get("network")
+    if name and own and name != own:
+        raise DataError(f"{weights} holds a {name}, and this network is a {own}. Choose others by --weights.")
+    if other := differences(trained, values):
         raise DataError(
-            f"{path.with_suffix('.pt')} was trained with other values than this run has. Add {other}, or remove "
-            f"{path} to use the weights otherwise."
+            f"{weights} was trained with other values than this run has. Leave these options out, or give {other}; or "
+            f"remove {record}, to use the weights otherwise."
         )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks.utils import copy_model_state
 from torch import Tensor, nn
 
 from .errors import DataError
@@ -89,14 +88,13 @@ def load_weights(module: nn.Module, path: str | Path, values: Mapping[str, Any] 
     """
     path = Path(path)
     if not path.is_file():
-        shipped = path.with_name("pretrained.pt")
         raise FileNotFoundError(
             f"No weights at {path}. Train them with this bundle's train.json, download a released bundle, "
-            "or name a file in another folder by --ckpt_dir (it must be called model.pt)."
-            + (f" For {shipped}, build the release by bundles/release.py and run that." if shipped.is_file() else "")
+            "or name a file by --weights."
         )
-    check_values(path.with_suffix(".json"), values or {})
+    check_values(path, {"network": type(module).__name__, **(values or {})})
     load_state_dict(module, read_weights(path), source=str(path))
+    logger.info(f"weights: {path}")
 
 
 def load_torchscript(path: str | Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
@@ -174,6 +172,8 @@ def load_matching(network: nn.Module, path: str | Path) -> None:
         raise FileNotFoundError(
             f"No weights at {path} to start from. Name others by --start_from, or none: --start_from ''."
         )
+    from monai.networks.utils import copy_model_state  # MONAI takes seconds, for which no network should wait
+
     network = getattr(network, "module", network)
     state = read_weights(path)
     _, taken, left = copy_model_state(network, state)

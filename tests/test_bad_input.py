@@ -266,10 +266,22 @@ RUNS = {
         ["data.json"],
     ),
     "missing weights": ("inference", lambda d: {"ckpt_dir": str(d)}, ["model.pt", "train.json"]),
-    "weights that come with the bundle": (
+    "shipped weights that are missing": (
         "inference",
-        lambda d: {"ckpt_dir": str(text(d / "pretrained.pt").parent)},
-        ["model.pt", "pretrained.pt", "release.py"],
+        lambda d: {"ckpt_dir": str(text(d / "pretrained.json").parent)},
+        ["pretrained.pt", "git checkout"],
+    ),
+    "shipped weights that are truncated": (
+        "evaluate",
+        lambda d: {
+            "ckpt_dir": str(cut((Path(other_weights(d)) / "model.pt").rename(d / "pretrained.pt"), 10000).parent)
+        },
+        ["pretrained.pt", "truncated"],
+    ),
+    "values of weights that cannot be read": (
+        "evaluate",
+        lambda d: {"ckpt_dir": str((Path(other_weights(d)) / "model.pt").with_suffix(".json").write_text("{") and d)},
+        ["model.json"],
     ),
     "truncated weights": (
         "evaluate",

@@ -118,7 +118,7 @@ def test_training_leaves_checkpoints_history_and_events(trained):
 
 
 def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run_bundle, pictures):
-    arguments = {"bundle_root": trained, "dataset_dir": data, **quick(name)}
+    arguments = {"bundle_root": trained, "dataset_dir": data, "device": "cpu"}  # what it was trained for, it knows
     log = run_bundle("evaluating", f"{configs}/evaluate.json", **arguments).stdout
     summary = (trained / "eval" / "summary.md").read_text(encoding="utf-8")
     assert summary.strip() in log and "| Dice, % |" in summary and "mean ± standard deviation" in summary
@@ -137,7 +137,7 @@ def test_evaluation_leaves_tables_and_pictures(name, trained, configs, data, run
 def test_inference_writes_each_image_s_label_map_on_its_grid(
     name, trained, configs, data, run_bundle, tmp_path, pictures
 ):
-    arguments = {"bundle_root": trained, "dataset_dir": data, "output_dir": tmp_path, "overlay": True, **quick(name)}
+    arguments = {"bundle_root": trained, "dataset_dir": data, "output_dir": tmp_path, "overlay": True, "device": "cpu"}
     run_bundle("inferring", f"{configs}/inference.json", **arguments)
     maps = sorted(p for p in tmp_path.rglob("*_seg.*"))
     assert maps and len(list(tmp_path.rglob("*_overlay.png"))) == len(maps)
@@ -267,6 +267,7 @@ def test_outside_the_runner_weights_keep_what_they_are_trained_for(name, configs
     parser.get_parsed_content("train#trainer").run()
     kept = json.loads((tmp_path / "models" / "model.json").read_text())
     assert kept == {
+        "network": "FIAS",
         "in_channels": 1,
         "num_classes": 4,
         "image_size": 32,
@@ -582,6 +583,10 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     assert {**train["validate"]["inferer"], "flips": "@flips"} == evaluate["inferer"]
     without_label = [t for t in evaluate["preprocessing"]["transforms"] if isinstance(t, str) or t["keys"] != "label"]
     assert without_label == inference["preprocessing"]["transforms"]
+    assert train["trained_for"] == evaluate["trained_for"] == inference["trained_for"]
+    for name in train["trained_for"]:  # what there is no weights' own value of
+        assert train[name] == evaluate["trained"][name] == inference["trained"][name]
+        assert evaluate[name] == inference[name] == f"$@trained['{name}']"
     for part, own in (("inferer", "probabilities"), ("network_def", "dropout")):
         del inference[part][own]  # of MONAI Label's scoring, of which evaluation knows nothing
     for key in ("inferer", "dataloader", "network_def", "network"):
@@ -590,6 +595,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
         for key in a.keys() & b.keys() - {
             *("network_def", "network", "initialize", "run", "num_workers", "imports"),
             *("preprocessing", "postprocessing", "cases", "record", "dataset", "handlers", "evaluator"),
+            *train["trained_for"],
         }:
             assert a[key] == b[key], key
 
@@ -605,7 +611,7 @@ def test_what_the_bundles_share_is_the_same_word_for_word(configs):
     def shared(file: Path) -> str:
         text = re.sub(r'    "network_def": \{\n.*?\n    \},\n', "", file.read_text(), flags=re.S)
         text = re.sub(r'"torch\.optim\.\w+"', "", text)
-        text = re.sub(r' +"size": "@size",\n', "", text)
+        text = re.sub(r'(?s)    "trained": \{\n.*?\n    \},\n| +"size": "@size",\n', "", text)
         return re.sub(rf'^    "({"|".join(own)})": .*\n', "", text, flags=re.M)
 
     first = ROOT / "bundles" / BUNDLES[0]

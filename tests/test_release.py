@@ -223,8 +223,8 @@ def test_an_override_is_baked_in_under_another_name(schema, tmp_path):
         train, inference, tensorrt = (
             json.loads(archive.read(f"danie_s_isic/configs/{n}.json")) for n in ("train", "inference", "inference_trt")
         )
-    assert train["size"] == inference["size"] == "small" and train["batch_size"] == 4
-    assert train["field_of_view"] == inference["field_of_view"] == 200
+    assert train["size"] == inference["trained"]["size"] == "small" and train["batch_size"] == 4
+    assert train["field_of_view"] == inference["trained"]["field_of_view"] == 200
     assert inference["bfloat16"] is True and tensorrt["bfloat16"] is False  # its engine has a type of its own
     assert train["name"] == inference["name"] == "danie_s_isic"
     assert train["pretrained"] is True and train["start_from"] == ""  # no weights: as the bundle itself
@@ -237,8 +237,9 @@ def test_weights_are_released_with_the_values_they_were_trained_with(weights, sc
     (tmp_path / "model.json").write_text(json.dumps({"in_channels": 1, "num_classes": 4, **older}))
     script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt"), schema=str(schema))
     extractall(tmp_path / f"{FIAS_ACDC}.zip", tmp_path)
-    for config in ("train", "evaluate", "inference"):
-        assert values.items() <= json.loads((tmp_path / "fias_acdc" / "configs" / f"{config}.json").read_text()).items()
+    released = tmp_path / "fias_acdc"
+    assert values.items() <= json.loads((released / "configs" / "train.json").read_text()).items()
+    assert values.items() <= json.loads((released / "models" / "model.json").read_text()).items()
     command = ["run", "inferring", "--config_file", "configs/inference.json", "--dataset_dir", str(phantoms("acdc"))]
     result = bundle_runner(*command, "--image_size", "96", cwd=tmp_path / "fias_acdc", check=False)
     assert "model.pt" in result.stdout and "--image_size 64" in result.stdout
@@ -247,7 +248,7 @@ def test_weights_are_released_with_the_values_they_were_trained_with(weights, sc
         file.rename(f"{file}.previous")
     script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt.previous"), schema=str(schema))
     with zipfile.ZipFile(tmp_path / f"{FIAS_ACDC}.zip") as archive:
-        assert values.items() <= json.loads(archive.read("fias_acdc/configs/inference.json")).items()
+        assert values.items() <= json.loads(archive.read("fias_acdc/configs/train.json")).items()
     (tmp_path / "model.json.previous").unlink()
     capsys.readouterr()
     script.release("fias_acdc", str(tmp_path), weights=str(tmp_path / "model.pt.previous"), schema=str(schema))

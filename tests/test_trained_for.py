@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 from networks import DataError, check_values
-from networks.intensity import ScaleIntensityByd, plain_intensity
-from networks.trained_for import differences, plain_values
+from networks.intensity import ScaleIntensityByd
+from networks.trained_for import differences, plain_intensity, plain_values, trained_values
 
 PERCENTILES = {"_target_": "ScaleIntensityRangePercentilesd", "lower": 0.5, "upper": 99.5, "b_min": 0, "b_max": 1}
 WAYS = {
@@ -69,5 +69,16 @@ def test_values_that_cannot_be_read_are_named(tmp_path):
     for content in ("{", "[1]", "null"):
         (tmp_path / "model.json").write_text(content)
         with pytest.raises(DataError, match="model.json"):
-            check_values(tmp_path / "model.json", {"image_size": 32})
-    check_values(tmp_path / "none.json", {"image_size": 32})
+            check_values(tmp_path / "model.pt", {"image_size": 32})
+    check_values(tmp_path / "none.pt", {"image_size": 32})
+
+
+def test_weights_of_another_network_or_for_other_values_are_refused(tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps({"network": "FIAS", "image_size": 64, "shipped": "a 0.1.0"}))
+    check_values(tmp_path / "model.pt", {"network": "FIAS", "image_size": 64, "intensity": "minmax"})
+    with pytest.raises(DataError, match="model.pt.*FIAS.*DANIE"):
+        check_values(tmp_path / "model.pt", {"network": "DANIE", "image_size": 64})
+    with pytest.raises(DataError, match="model.pt.*--image_size 64"):
+        check_values(tmp_path / "model.pt", {"network": "FIAS", "image_size": 32})
+    assert trained_values(tmp_path / "model.pt", image_size=32, size="large")["image_size"] == 64
+    assert trained_values(tmp_path / "none.pt", image_size=32) == {"image_size": 32}
