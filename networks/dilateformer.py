@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from monai.networks.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -139,6 +138,26 @@ class DilateBlock(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Leave a residual branch out at random, in training, for each sample alone; the others are scaled up for it.
+
+    Deep Networks with Stochastic Depth, Huang et al. 2016. MONAI's does the same, and imports all of MONAI.
+
+    Args:
+        rate: share of samples that are left out.
+
+    Shape:
+        ``B, H, W, C`` to ``B, H, W, C``.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.dropout(x.new_ones([x.shape[0], 1, 1, 1]), self.rate) if self.training else x
 
 
 class ResidualConv(nn.Conv2d):

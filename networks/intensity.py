@@ -15,8 +15,9 @@ from monai.transforms import (
 )
 
 from .errors import DataError
+from .trained_for import is_number
 
-__all__ = ["ScaleIntensityByd", "plain_intensity"]
+__all__ = ["ScaleIntensityByd"]
 
 _WAYS = '"minmax", "percentiles LOW HIGH", "window LOW HIGH" or "zscore"'
 
@@ -54,38 +55,9 @@ def _scaler(by: str) -> Callable[[Any], Any]:
             return ScaleIntensity()
         case ["zscore"]:
             return NormalizeIntensity()
-        case ["percentiles" | "window" as kind, low, high] if _is_number(low) and float(low) < float(high):
+        case ["percentiles" | "window" as kind, low, high] if is_number(low) and float(low) < float(high):
             if kind == "window":
                 return ScaleIntensityRange(float(low), float(high), 0.0, 1.0, clip=True)
             if 0 <= float(low) and float(high) <= 100:
                 return ScaleIntensityRangePercentiles(float(low), float(high), 0.0, 1.0, clip=True)
     raise DataError(f"intensity is {_WAYS}, the lower number first, got {by!r}.")
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).removeprefix("-").isdigit()
-
-
-def plain_intensity(value: Any) -> Any:
-    """A value of ``by`` in one way of writing, also of weights whose config named MONAI's transform itself.
-
-    Args:
-        value: a text, or the dictionary of a transform in a config.
-
-    Returns:
-        The text that means the same; anything else unchanged.
-    """
-    if isinstance(value, str):
-        kind, *numbers = value.split() or [""]
-        return " ".join([kind, *(f"{float(n):g}" if _is_number(n) else n for n in numbers)])
-    if isinstance(value, dict) and value.get("b_min", 0) == 0 and value.get("b_max", 1) == 1:
-        match value.get("_target_", "").rpartition(".")[2]:
-            case "ScaleIntensityd":
-                return "minmax"
-            case "NormalizeIntensityd" if set(value) <= {"_target_", "keys"}:
-                return "zscore"
-            case "ScaleIntensityRangePercentilesd":
-                return f"percentiles {value['lower']:g} {value['upper']:g}"
-            case "ScaleIntensityRanged":
-                return f"window {value['a_min']:g} {value['a_max']:g}"
-    return value

@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import run
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS, DataError, prepare_for_inference, load_torchscript
+from networks import DANIE, FIAS, DataError, load_torchscript, prepare_for_inference
 from networks.folding import WinogradConv2d
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -211,6 +212,12 @@ def test_folded_gives_the_same(build):
         prepare_for_inference(net)
         torch.testing.assert_close(net(x), plain, atol=1e-4, rtol=1e-4)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < before / 3  # MaxViT has some before convolutions
+
+
+def test_a_network_alone_waits_for_torch_and_no_more():
+    heavy = ["monai", "ignite", "itk", "tensorboard", "matplotlib", "PIL", "timm", "nibabel", "pydicom"]
+    script = f"import sys; from networks import DANIE, FIAS; print([m for m in {heavy} if m in sys.modules])"
+    assert run("-c", script).stdout.strip() == "[]"
 
 
 class PreActivation(nn.Module):
