@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 from networks import DataError, explain_errors, load_weights  # noqa: E402
 from networks.files import whole_file  # noqa: E402
-from networks.trained_for import differences, plain_values  # noqa: E402
+from networks.trained_for import differences, plain_values, record_of  # noqa: E402
 from networks.weights import read_weights  # noqa: E402
 
 
@@ -149,7 +149,7 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         torch.save(state, flat)
         files["models/model.pt"] = flat.getvalue()
         print(f"weights: {model}")
-        if (seen := Path(re.sub(r"\.(pt|safetensors)(?=(\.previous)?$)", ".json", str(model)))).is_file():
+        if (seen := record_of(model)).is_file():
             trained = plain_values(json.loads(seen.read_bytes()))
             if other := differences(trained, values):
                 raise DataError(f"{model} was trained with {other}: set cannot be otherwise.")
@@ -233,7 +233,7 @@ def _verify(folder: Path) -> None:
         raise DataError(f"The network does not give what the metadata says:\n{check.stdout}{check.stderr}")
     if (folder / "models" / "model.pt").is_file():
         config = (folder / "configs" / "inference.json").read_text(encoding="utf-8")
-        config = config.replace('"scripts.networks.', '"networks.')
+        config = config.replace("scripts.networks", "networks")
         parser = ConfigParser({**json.loads(config), "bundle_root": str(folder)})
         load_weights(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")
 

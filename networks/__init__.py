@@ -15,9 +15,10 @@ from .folding import prepare_for_inference
 from .losses import SubsetSumLoss
 from .places import bundle_root, weights_in
 from .trained_for import check_values, trained_values
-from .weights import load_matching, load_torchscript, load_weights
+from .weights import check_export, load_matching, load_torchscript, load_weights
 
-_ROOMS = ["datasets", "files", "handlers", "inference", "intensity", "metrics", "report", "slices"]
+_ROOMS = ["datasets", "dicom", "files", "handlers", "inference", "intensity", "metrics", "pictures", "readers"]
+_ROOMS += ["report", "runs", "slices"]
 _IN_ROOMS = {
     "check_config": "runs",
     "check_shares": "inference",
@@ -32,6 +33,7 @@ __all__ = [
     "DilateFormer",
     "SubsetSumLoss",
     "bundle_root",
+    "check_export",
     "check_values",
     "explain_errors",
     "load_matching",

@@ -32,7 +32,7 @@ NO_IMAGES = {
 }
 """Kinds of DICOM objects that have pixels and are no images. Most others that are none have no pixels."""
 
-TAGS = ["SOPClassUID", "SeriesInstanceUID", "Modality", "InstanceNumber", "Rows", "Columns", "SamplesPerPixel"]
+TAGS = ["SOPClassUID", "SeriesInstanceUID", "Modality", "Rows", "Columns", "SamplesPerPixel"]
 TAGS += ["NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"]
 TAGS += ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 
@@ -183,7 +183,7 @@ def _header(file: Path) -> pydicom.Dataset:
         raise
     except Exception as error:  # pydicom has no class of its own for most of what a damaged file makes it raise
         raise DataError(f"{file} is a damaged DICOM file ({error}). Export the series again.") from error
-    if "SOPClassUID" not in header and "Rows" not in header:
+    if ("SOPClassUID" not in header and "Rows" not in header) or ("Rows" in header) != ("Columns" in header):
         raise DataError(f"{file} is a damaged DICOM file, or none. Export the series again, or move the file away.")
     return header
 
@@ -242,8 +242,8 @@ def _in_order(folder: str, frames: list[Frame], tolerance: float) -> list[Frame]
             raise DataError(f"{folder}: {frame} does not say where it lies. Export the original images.")
         if frame.size != first.size or not np.allclose(frame.spacing, first.spacing, rtol=1e-3):
             raise DataError(
-                f"{folder} holds slices of different sizes, {first} and {frame}. Put each stack into a folder of its "
-                "own."
+                f"{folder} holds slices of different sizes or pixels, {first} and {frame}. Put each stack into a "
+                "folder of its own."
             )
         if np.abs(frame.rows - first.rows).max() > 1e-3:
             raise DataError(f"{folder} holds slices of different directions. Put each stack into a folder of its own.")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from types import TracebackType
 
-__all__ = ["DataError", "WriteError", "check_option", "explain_errors", "sentence"]
+__all__ = ["DataError", "WriteError", "beginning", "check_option", "explain_errors", "lacks_memory", "sentence"]
 
 _WRITING = {
     errno.ENOSPC: "Free some space",
@@ -41,6 +41,25 @@ class DataError(ValueError):
 
 class WriteError(OSError):
     """A file that cannot be written: no other can be either, so whatever writes many stops."""
+
+
+def beginning(error: BaseException) -> BaseException:
+    """What began an error, which MONAI wraps once per transform, expression and config on its way up.
+
+    Args:
+        error: any error.
+
+    Returns:
+        The first :class:`DataError` or :class:`WriteError` that it came from, else the last of its causes.
+    """
+    while error.__cause__ is not None and not isinstance(error, (DataError, WriteError)):
+        error = error.__cause__
+    return error
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory. numpy has a class for it; torch and ITK have the word alone."""
+    return isinstance(error, MemoryError) or "allocate" in str(error)
 
 
 def sentence(error: BaseException) -> str | None:

@@ -22,7 +22,7 @@ from monai.utils import get_equivalent_dtype
 
 from .datasets import folder_of
 from .dicom import holds_all_frames
-from .errors import DataError, WriteError
+from .errors import DataError, WriteError, beginning, lacks_memory
 from .pictures import label_picture
 from .readers import PICTURES, SERIES, VOLUMES, load_nifti, read_image
 
@@ -133,11 +133,9 @@ class LoadVolumed(MapTransform):
 
 def _reading(file: Any, error: Exception) -> Exception:
     """What an error is that came while a file was read."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+    cause = beginning(error)
     text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    if isinstance(cause, MemoryError) or "allocate" in text:  # torch and ITK have no class for it
+    if lacks_memory(cause):
         return MemoryError(text)
     if isinstance(cause, OSError) and cause.errno:
         return DataError(
@@ -235,7 +233,8 @@ class CheckLabeld(MapTransform):
             if not _same_grid(label, image):
                 raise DataError(
                     f"{file} and its image {image_file} have the same shape at different positions: affines\n"
-                    f"{label.affine.numpy()}\n{image.affine.numpy()}\nResample the label onto the image first."
+                    f"{label.affine.numpy()}\n{image.affine.numpy()}\nResample the label onto the image first, or "
+                    "name the same unit in both headers."
                 )
             d[key] = label = _rounded(label)
             values = label.unique().tolist()
@@ -293,23 +292,30 @@ class LabelMapWriter(NibabelWriter):
 
     def write(self, filename: PathLike, verbose: bool = False, **obj_kwargs: Any) -> None:
         target = Path(filename)
+        image: Any = None
+        if target.suffix == ".png":
+            image = label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T)
+        elif self.source.lower().endswith(VOLUMES) and not Path(self.source).is_dir():
+            image = self._like(load_nifti(self.source))
         with whole_file(target) as name:
-            if target.suffix == ".png":
-                label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T).save(name)
-                return
-            if self.source.lower().endswith(VOLUMES) and not Path(self.source).is_dir():
-                source: Any = load_nifti(self.source)
-                dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
-                data = np.asarray(self.data_obj).astype(dtype)
-                data = data.reshape(source.shape if math.prod(source.shape) == data.size else source.shape[:3])
-                image = type(source)(data, None, source.header)
-                image.set_data_dtype(dtype)
-                image.header["cal_min"] = image.header["cal_max"] = 0
-                image.header.extensions.clear()
-                nib.save(image, name)
-            else:
+            if image is None:
                 self.data_obj = self.data_obj[..., 0]  # of X, Y, Z, 1: a series has no channels
                 super().write(name, verbose=verbose, **obj_kwargs)
+            elif target.suffix == ".png":
+                image.save(name)
+            else:
+                nib.save(image, name)
+
+    def _like(self, source: Any) -> Any:
+        """The label map with the header of its image."""
+        dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
+        data = np.asarray(self.data_obj).astype(dtype)
+        data = data.reshape(source.shape if math.prod(source.shape) == data.size else source.shape[:3])
+        image = type(source)(data, None, source.header)
+        image.set_data_dtype(dtype)
+        image.header["cal_min"] = image.header["cal_max"] = 0
+        image.header.extensions.clear()
+        return image
 
 
 class SaveLabelMapd(SaveImaged):

@@ -105,7 +105,8 @@ class Checkpoints:
     restart.
 
     With :class:`EpochSeed`, a training killed at any moment and resumed ends as an unbroken one: on a CPU with as many
-    threads bit for bit. A new training keeps the ``model.pt`` and ``model.json`` that it finds as ``.previous``.
+    threads bit for bit. A new training keeps the ``model.pt`` and ``model.json`` that it finds as ``.previous``,
+    or those that a release was shipped with as ``pretrained.pt`` and ``pretrained.json``.
 
     Args:
         directory: folder of the files.
@@ -176,11 +177,11 @@ class Checkpoints:
         Those that a release was shipped with are copied to ``pretrained.pt`` and ``pretrained.json``. Without the new
         name, a training that is broken off in its first epoch would be resumed as the earlier one.
         """
-        last = self.directory / "last.ckpt"
-        if trainer.state.rank == 0 and last.is_file():
-            last.replace(f"{last}.previous")
         if trainer.state.rank != 0:
             return
+        last = self.directory / "last.ckpt"
+        if last.is_file():
+            last.replace(f"{last}.previous")
         shipped = "shipped" in trained_values(self.directory / "model.pt")
         for file in (self.directory / "model.pt", self.directory / "model.json"):
             if file.is_file():

@@ -12,7 +12,7 @@ import torch
 from monai.engines import SupervisedEvaluator
 from monai.utils import ensure_tuple, string_list_all_gather
 
-from .errors import DataError, WriteError
+from .errors import DataError, WriteError, beginning
 from .files import LoadVolumed, SaveLabelMapd
 
 __all__ = ["CaseEvaluator", "check_shares", "unfinished"]
@@ -76,7 +76,7 @@ class CaseEvaluator(SupervisedEvaluator):
         try:
             return super()._iteration(engine, batchdata)
         except Exception as error:
-            if isinstance(_beginning(error), WriteError):  # nor could the next be written
+            if isinstance(beginning(error), WriteError):  # nor could the next be written
                 raise
             files = ", ".join(ensure_tuple(batchdata["image"].meta["filename_or_obj"]))
             self._note(f"{files}: {type(error).__name__}: {error}", trace=True)
@@ -86,13 +86,6 @@ class CaseEvaluator(SupervisedEvaluator):
     def _note(self, reason: str, trace: bool = False) -> None:
         logger.error(reason, exc_info=trace)
         self.failed.append(reason)
-
-
-def _beginning(error: BaseException) -> BaseException:
-    """What began an error that MONAI wrapped on its way."""
-    while error.__cause__ is not None and not isinstance(error, (DataError, WriteError)):
-        error = error.__cause__
-    return error
 
 
 def unfinished(

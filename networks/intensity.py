@@ -55,9 +55,11 @@ def _scaler(by: str) -> Callable[[Any], Any]:
             return ScaleIntensity()
         case ["zscore"]:
             return NormalizeIntensity()
-        case ["percentiles" | "window" as kind, low, high] if is_number(low) and float(low) < float(high):
+        case ["percentiles" | "window" as kind, low, high] if (
+            is_number(low) and is_number(high) and float(low) < float(high)
+        ):
             if kind == "window":
                 return ScaleIntensityRange(float(low), float(high), 0.0, 1.0, clip=True)
             if 0 <= float(low) and float(high) <= 100:
                 return ScaleIntensityRangePercentiles(float(low), float(high), 0.0, 1.0, clip=True)
-    raise DataError(f"intensity is {_WAYS}, the lower number first, got {by!r}.")
+    raise DataError(f"intensity is {_WAYS}, two numbers and the lower first, got {by!r}.")

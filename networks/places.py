@@ -20,15 +20,18 @@ def bundle_root(name: str) -> str:
         name: of the bundle.
 
     Returns:
-        Of a release the folder that this code lies in; else the current folder where it is that bundle's, else the one
-        of that name in ``bundles/``, of the current folder or beside this package; else the current folder.
+        The folder of the config that runs; outside MONAI's runner that of the release that this code lies in; else the
+        current folder where it is that bundle's, else the one of that name in ``bundles/``, of the current folder or
+        beside this package; else the current folder.
     """
-    package = Path(__file__).resolve().parent
-    release = package.parents[1]
-    if (release / "scripts").is_dir() and _is_bundle(release, name):
-        return str(release)
-    here = Path()
-    places = (here, here / "bundles" / name, package.parent / "bundles" / name)
+    from .runs import running_workflow  # MONAI takes seconds, for which no network should wait
+
+    package, here, workflow = Path(__file__).resolve().parent, Path(), running_workflow()
+    places = [here, here / "bundles" / name, package.parent / "bundles" / name]
+    if (package.parents[1] / "scripts").is_dir():
+        places.insert(0, package.parents[1])
+    if workflow is not None:
+        places.insert(0, workflow.config_root_path.parent)
     return str(next((place for place in places if _is_bundle(place, name)), here))
 
 

@@ -29,7 +29,8 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 SERIES = ".dcm"
 """Among the endings of image files, stands for folders of DICOM files, whatever their names: each is one image."""
 
-MILLIMETRES = {"meter": 1e3, "mm": 1.0, "micron": 1e-3, "unknown": 1.0}
+MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}
+"""By NIfTI's code of the unit: metres, millimetres, microns. Any other is taken for millimetres."""
 
 
 def read_image(file: str | Path) -> Any:
@@ -63,8 +64,8 @@ class NiftiReader(NibabelReader):
 
     - The position is the coded sform, else the coded qform, as nibabel, FSL and SPM have it. MONAI asks ``pixdim``
       which of them to believe, and believes one that was never set.
-    - A coded sform that says nothing but voxels of 1 mm is not believed where no qform is coded and ``pixdim`` has
-      other sizes: such are ACDC's files.
+    - A coded sform of voxels of 1 mm has the sizes of ``pixdim`` where these are others and no qform is coded: such are
+      ACDC's files.
     - Positions are turned into millimetres from the unit that the header names.
     - A rotation whose quaternion is longer than 1 by rounding is a rotation, and trailing dimensions of 1 are none.
     """
@@ -88,11 +89,13 @@ class NiftiReader(NibabelReader):
 def _position(image: Any) -> np.ndarray:
     """The affine in millimetres that a header means."""
     header = image.header
-    affine, sform, pixdim = np.array(image.affine), header.get_sform(), header.get_zooms()[:3]
-    unit_diagonal = np.allclose(np.abs(sform[:3, :3]), np.eye(3))
-    if header["sform_code"] and not header["qform_code"] and unit_diagonal and not np.allclose(pixdim, 1):
-        affine = header.get_qform()
-    affine[:3] *= MILLIMETRES[header.get_xyzt_units()[0]]
+    affine, pixdim = np.array(image.affine), header.get_zooms()[:3]
+    if header["sform_code"] and not header["qform_code"]:
+        if np.allclose(np.abs(affine[:3, :3]), np.eye(3)) and not np.allclose(pixdim, 1):
+            affine[:3, :3] *= pixdim
+    elif header["sform_code"] and not np.linalg.det(affine[:3, :3]):
+        affine = header.get_qform()  # a sform that was declared and never written
+    affine[:3] *= MILLIMETRES.get(int(header["xyzt_units"]) & 7, 1.0)
     return affine
 
 
@@ -106,30 +109,49 @@ def load_nifti(file: PathLike) -> nib.Nifti1Image | nib.Nifti2Image:
         The image, of which no voxel is read yet. The header is the file's but for such a quaternion.
 
     Raises:
-        DataError: when the file is of another format, for all its name.
+        DataError: when the file is of another format, for all its name, or its rotation is none.
         Exception: those of nibabel for a file that cannot be read.
     """
     try:
         image = nib.load(file)
-    except ValueError:
-        image = _RoundedImage.from_filename(file)
+    except ValueError:  # so far nibabel's word for such a quaternion
+        kind = next(kind for kind in (_RoundedImage, _RoundedImage2) if kind.path_maybe_image(file)[0])
+        try:
+            image = kind.from_filename(file)
+        except ValueError as error:
+            raise DataError(f"The rotation in the header of {file} is none: {error}. Export it again.") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
         raise DataError(f"{file} is a {type(image).__name__}, no NIfTI file, for all its name. Convert it first.")
     return image
 
 
+def _shorten(header: nib.Nifti1Header) -> None:
+    """Make a quaternion that is longer than 1 by rounding one of length 1."""
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    length = math.hypot(*(float(header[name]) for name in names))
+    if 1 < length < 1 + 1e-4:
+        for name in names:
+            header[name] = float(header[name]) / length * (1 - np.finfo(header[name].dtype).epsneg)
+
+
 class _RoundedHeader(nib.Nifti1Header):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        names = ("quatern_b", "quatern_c", "quatern_d")
-        length = math.hypot(*(float(self[name]) for name in names))
-        if 1 < length < 1 + 1e-4:
-            for name in names:
-                self[name] = np.float32(float(self[name]) / length * (1 - 2**-24))
+        _shorten(self)
+
+
+class _RoundedHeader2(nib.Nifti2Header):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _shorten(self)
 
 
 class _RoundedImage(nib.Nifti1Image):
     header_class = _RoundedHeader
+
+
+class _RoundedImage2(nib.Nifti2Image):
+    header_class = _RoundedHeader2
 
 
 class PictureReader(PILReader):

@@ -24,7 +24,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from .errors import DataError
 from .files import MOST_CLASSES, whole_file
 
-__all__ = ["check_config", "leave_process_group", "record_run"]
+__all__ = ["check_config", "leave_process_group", "record_run", "running_workflow"]
 
 COUNTS = {
     "epochs": (1, math.inf),
@@ -53,7 +53,7 @@ def check_config() -> None:
     Raises:
         DataError: naming the value and the nearest known name, or what it can be.
     """
-    workflow = _workflow()
+    workflow = running_workflow()
     if workflow is None:
         return
     known: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def _check_value(name: str, value: Any, usual: Any) -> None:
         _check_device(value)
     elif name in COUNTS:
         low, high = COUNTS[name]
-        if not number or value != int(value) or not isinstance(value, int) or not low <= value <= high:
+        if not number or not isinstance(value, int) or not low <= value <= high:
             limit = f"from {low} to {high}" if high < math.inf else f"from {low} up"
             raise DataError(f"{name} is a whole number {limit}, got {value!r}.")
     elif name in SHARES:
@@ -106,31 +106,32 @@ def _check_device(value: Any) -> None:
     try:
         torch.empty(0, device=value)
     except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"device is cpu, or cuda:N with N below the number of GPUs ({torch.cuda.device_count()}), got {value!r}: "
-            f"{reason}"
-        ) from error
+        gpus = torch.cuda.device_count()
+        known = f"cpu, or cuda:N with N below {gpus}" if gpus else "cpu, as there is no GPU here"
+        raise DataError(f"device is {known}, got {value!r}.") from error
 
 
 def _check_nones(config: Mapping[str, Any]) -> None:
     """MONAI's runner leaves out an option whose value is None, and what the config has would stay without a word."""
-    for option, value in zip(sys.argv, sys.argv[1:]):
-        name = option.removeprefix("--")
-        if value == "None" and name in config and config[name] not in (None, "whole"):
-            raise DataError(
-                f"--{name} None does not reach the config, where {name} is {config[name]!r}. Write another value, "
-                "such as --field_of_view whole for whole slices."
-            )
+    for name, text in _typed().items():
+        if text == "None" and name in config and config[name] not in (None, "whole"):
+            advice = "whole slices are --field_of_view whole" if name == "field_of_view" else "leave the option out"
+            raise DataError(f"--{name} None does not reach the config, whose own {name} would stay: {advice}.")
 
 
 def _as_typed(name: str, value: Any) -> str:
-    """The text of a command line's option that fire took for a number, as it takes ``2026_11`` for 202611."""
+    """The text of an option that fire took for a number, as it takes ``2026_11`` for 202611."""
+    return _typed().get(name, str(value))
+
+
+def _typed() -> dict[str, str]:
+    """The command line's options as they were typed."""
+    typed = {}
     for argument, following in zip(sys.argv, [*sys.argv[1:], ""]):
         option, equals, text = argument.partition("=")
-        if option.lstrip("-") == name:
-            return text if equals else following
-    return str(value)
+        if option.startswith("--"):
+            typed[option[2:].replace("-", "_")] = text if equals else following
+    return typed
 
 
 def record_run(output_dir: str | Path, name: str, *cases: Sequence[Mapping[str, Any]]) -> Path:
@@ -150,7 +151,7 @@ def record_run(output_dir: str | Path, name: str, *cases: Sequence[Mapping[str, 
         Path of ``NAME.json``.
     """
     folder = Path(output_dir)
-    workflow = _workflow()
+    workflow = running_workflow()
     config: dict[str, Any] = {}
     if workflow is not None:
         config = dict(workflow.parser.get())
@@ -196,7 +197,7 @@ def _write(file: Path, content: Any) -> None:
             Path(partial).write_text(text, encoding="utf-8")
 
 
-def _workflow() -> ConfigWorkflow | None:
+def running_workflow() -> ConfigWorkflow | None:
     """The workflow whose config is evaluated: MONAI hands it to no expression, so it is found among the callers."""
     callers = (frame.f_locals.get("self") for frame, _ in walk_stack(None))
     return next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)

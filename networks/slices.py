@@ -41,7 +41,7 @@ from monai.utils import TraceKeys, convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from .errors import DataError, beginning, lacks_memory
 
 __all__ = [
     "AutocastInferer",
@@ -66,12 +66,10 @@ def _data_errors(case: Any) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__
+        cause = beginning(error)
         if isinstance(cause, DataError):
             raise cause from None
-        if isinstance(cause, MemoryError) or "allocate" in str(cause):  # numpy's; torch's has no class of its own
+        if lacks_memory(cause):
             raise DataError(f"{case['image']} does not fit into memory. Crop or split it first. ({cause})") from error
         raise
 
@@ -195,11 +193,11 @@ class LabelInferer(Inferer):
             CPU that has it, it is faster too, but rounds otherwise.
         flips: take the mean of the class probabilities of each slice and its three mirror images, in four times the
             time. A network that was trained without flips knows left from right, and loses by it.
-        probabilities: give class probabilities at the network's size instead of label maps, and let the network be in
-            training mode: MONAI Label's scoring compares them under dropout.
+        probabilities: take a network in training mode too, and give its class probabilities at the network's size:
+            MONAI Label's scoring compares them under dropout.
 
     Shape:
-        ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit; with ``probabilities`` to
+        ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit; of a network in training mode to
         ``B, classes, *size, D`` of floats.
 
     Raises:
@@ -226,7 +224,8 @@ class LabelInferer(Inferer):
         volumes = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         b, _, h, w, depth = volumes.shape
         slices = volumes.movedim(4, 1).flatten(0, 1)
-        if getattr(network, "training", False) and not self.probabilities:
+        training = getattr(network, "training", False)
+        if training and not self.probabilities:
             raise DataError("The network is in training mode, and would segment at random: call its eval() first.")
         bfloat16 = volumes.is_cuda and has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
         found = []
@@ -234,12 +233,12 @@ class LabelInferer(Inferer):
             x = _resize(batch, self.size)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
                 logits = network(x, *args, **kwargs).float()
-                if self.flips and not self.probabilities:
+                if self.flips and not training:
                     views = [network(x.flip(axes), *args, **kwargs).flip(axes) for axes in ((2,), (3,), (2, 3))]
                     logits = torch.stack([logits, *views]).float().softmax(2).mean(0)
             if logits.shape[1] > 256:
                 raise DataError(f"The network has {logits.shape[1]} classes, more than the 256 that a label map holds.")
-            if self.probabilities:
+            if training:
                 found.append(logits.softmax(1))
             else:
                 found.append(_resize(logits, (h, w)).argmax(1, keepdim=True).to(torch.uint8))

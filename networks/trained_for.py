@@ -6,14 +6,18 @@ Most networks would run on slices of another size or scale, and segment badly wi
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
 
-__all__ = ["check_values", "differences", "is_number", "plain_intensity", "plain_values", "trained_values"]
+__all__ = ["check_values", "differences", "is_number", "plain_intensity", "plain_values", "record_of", "trained_values"]
 
+
+logger = logging.getLogger(__name__)
 
 NO_OPTIONS = ("network", "shipped")
 
@@ -48,7 +52,9 @@ def trained_values(weights: str | Path, **usual: Any) -> dict[str, Any]:
     Raises:
         DataError: when the file is damaged.
     """
-    return {**usual, **_read(Path(weights).with_suffix(".json"))}
+    if Path(weights).is_file() and not record_of(weights).is_file():
+        logger.warning(f"no {record_of(weights)}: the config's values are taken for those {weights} was trained for.")
+    return {**usual, **_read(record_of(weights))}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,23 +77,43 @@ def plain_intensity(value: Any) -> Any:
     """
     if isinstance(value, str):
         kind, *numbers = value.split() or [""]
-        return " ".join([kind, *(f"{float(n):g}" if is_number(n) else n for n in numbers)])
-    if isinstance(value, dict) and value.get("b_min", 0) == 0 and value.get("b_max", 1) == 1:
-        match value.get("_target_", "").rpartition(".")[2]:
-            case "ScaleIntensityd":
-                return "minmax"
-            case "NormalizeIntensityd" if set(value) <= {"_target_", "keys"}:
-                return "zscore"
-            case "ScaleIntensityRangePercentilesd":
-                return f"percentiles {value['lower']:g} {value['upper']:g}"
-            case "ScaleIntensityRanged":
-                return f"window {value['a_min']:g} {value['a_max']:g}"
+        return " ".join([kind, *(f"{float(n):.15g}" if is_number(n) else n for n in numbers)])
+    if not isinstance(value, dict):
+        return value
+    own = {key: v for key, v in value.items() if key not in ("_target_", "keys")}
+    match value.get("_target_", "").rpartition(".")[2], own:
+        case ["ScaleIntensityd", {**rest}] if not rest:
+            return "minmax"
+        case ["NormalizeIntensityd", {**rest}] if not rest:
+            return "zscore"
+        case [
+            "ScaleIntensityRangePercentilesd",
+            {"lower": low, "upper": high, "b_min": 0, "b_max": 1, "clip": True, **rest},
+        ] if not rest:
+            return f"percentiles {low:g} {high:g}"
+        case ["ScaleIntensityRanged", {"a_min": low, "a_max": high, "b_min": 0, "b_max": 1, **rest}] if rest == {
+            "clip": True
+        } or (
+            not rest and (low, high) == (0, 255)
+        ):  # no picture has more
+            return f"window {low:g} {high:g}"
     return value
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a decimal number, such as ``-0.5``."""
-    return text.replace(".", "", 1).removeprefix("-").isdigit()
+    """Whether a text is a finite decimal number, such as ``-0.5`` or ``1e6``."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def record_of(weights: str | Path) -> Path:
+    """The file beside weights that tells what they were trained for; of ``a.pt.previous`` it is ``a.json.previous``."""
+    path = Path(weights)
+    if path.suffix == ".previous":
+        return path.with_suffix("").with_suffix(".json.previous")
+    return path.with_suffix(".json")
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -118,7 +144,7 @@ def check_values(weights: str | Path, values: Mapping[str, Any]) -> None:
     Raises:
         DataError: naming the other network, or the options that contradict the weights; when the file is damaged.
     """
-    record = Path(weights).with_suffix(".json")
+    record = record_of(weights)
     trained = _read(record)
     name, own = trained.get("network"), values.get("network")
     if name and own and name != own:

@@ -251,11 +251,12 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
 
 
 @of_volumes
-def test_none_which_the_runner_drops_is_refused(name, configs, run_bundle, tmp_path):
+def test_none_which_the_runner_drops_is_refused(name, configs, tmp_path):
     release = json.loads((configs / "train.json").read_text())
     (tmp_path / "train.json").write_text(json.dumps({**release, "field_of_view": 224}))
-    result = run_bundle("training", f"{tmp_path}/train.json", check=False, field_of_view=None)
-    assert result.returncode == 1 and "--field_of_view whole" in result.stdout and "224" in result.stdout
+    for option in (["--field_of_view", "None"], ["--field_of_view=None"]):
+        result = bundle_runner("run", "training", "--config_file", f"{tmp_path}/train.json", *option, check=False)
+        assert result.returncode == 1 and "--field_of_view whole" in result.stdout
 
 
 @of_volumes

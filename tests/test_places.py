@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import monai.bundle
@@ -46,6 +47,14 @@ def test_the_last_training_s_weights_are_used_else_the_shipped_ones(tmp_path):
     assert weights_in(tmp_path) == str(tmp_path / "pretrained.pt")
     (tmp_path / "model.pt").touch()
     assert weights_in(tmp_path) == str(tmp_path / "model.pt")
+
+
+def test_the_config_that_runs_says_where_its_bundle_lies(tmp_path, monkeypatch):
+    copy = shutil.copytree(Path(CONFIG).parent, tmp_path / "copy" / "configs").parent
+    monkeypatch.chdir(tmp_path)
+    workflow = ConfigWorkflow("copy/configs/inference.json", workflow_type="infer", initialize="$@weights")
+    workflow.initialize()
+    assert Path(workflow.parser.get_parsed_content("weights")).resolve() == copy / "models" / "model.pt"
 
 
 @pytest.fixture

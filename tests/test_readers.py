@@ -58,6 +58,7 @@ HEADERS = {
     "qform alone": ({"qform": (OBLIQUE, 1)}, OBLIQUE),
     "both, unlike": ({"qform": (OBLIQUE, 1), "sform": (PERMUTED, 1)}, PERMUTED),
     "both, sform of 1 mm": ({"qform": (OBLIQUE, 1), "sform": (np.diag([-1, -1, 1, 1.0]), 2)}, np.diag([-1, -1, 1, 1])),
+    "both, sform never written": ({"qform": (OBLIQUE, 1), "sform": (np.zeros((4, 4)), 1)}, OBLIQUE),
     "sform of 1 mm, pixdim alike": ({"sform": (np.diag([-1, 1, 1, 1.0]), 1)}, np.diag([-1, 1, 1, 1])),
 }
 
@@ -73,10 +74,6 @@ def test_a_volume_lies_where_its_coded_position_says(what, kind, tmp_path):
 
 def test_acdc_s_headers_have_their_spacing_in_pixdim_alone(tmp_path):
     file = nifti(tmp_path / "a.nii.gz", sform=(np.diag([-1, -1, 1, 1.0]), 2), pixdim=(1.5, 1.7, 10))
-    header = nib.load(file).header
-    header["quatern_d"] = 1  # half a turn about z, as ACDC's have, in a qform that is not coded
-    header["quatern_b"] = header["quatern_c"] = 0
-    nib.save(nib.Nifti1Image(VOXELS, None, header), file)
     np.testing.assert_allclose(read(file).affine, np.diag([-1.5, -1.7, 10, 1]), atol=1e-5)
 
 
@@ -97,13 +94,25 @@ def test_positions_and_distances_are_in_millimetres_whatever_the_unit(unit, fact
     assert np.array_equal(written.affine, nib.load(file).affine) and written.header.get_xyzt_units()[0] == unit
 
 
-@pytest.mark.parametrize("length", [1 + 2**-22, 1 + 1e-5])
-def test_a_quaternion_longer_than_1_by_rounding_is_a_rotation(length, tmp_path):
-    file = tmp_path / "a.nii"
-    nifti(file, qform=(np.diag([-1.4, -1.6, 9, 1]), 1))
-    raw = bytearray(file.read_bytes())
-    raw[256:268] = np.array([0, 0, length], "<f4").tobytes()
+def turned(file: Path, length: float, kind: type = nib.Nifti1Image) -> Path:
+    """A volume turned by half a turn about z, its quaternion of another length."""
+    nifti(file, qform=(np.diag([-1.4, -1.6, 9, 1]), 1), kind=kind)
+    place, number = (256, "<f4") if kind is nib.Nifti1Image else (352, "<f8")
+    raw, quaternion = bytearray(file.read_bytes()), np.array([0, 0, length], number).tobytes()
+    raw[place : place + len(quaternion)] = quaternion
     file.write_bytes(raw)
+    return file
+
+
+def test_a_quaternion_that_is_no_rotation_is_refused_as_that(tmp_path):
+    with pytest.raises(DataError, match="rotation.*a.nii"):
+        read(turned(tmp_path / "a.nii", 1.001))
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("length", [1 + 2**-22, 1 + 1e-5])
+def test_a_quaternion_longer_than_1_by_rounding_is_a_rotation(length, kind, tmp_path):
+    file = turned(tmp_path / "a.nii", length, kind)
     volume = read(file)
     np.testing.assert_allclose(volume.affine, np.diag([-1.4, -1.6, 9, 1]), atol=1e-4)
     SaveLabelMapd("image", tmp_path / "out")({"image": volume})

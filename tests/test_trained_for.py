@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,19 @@ import pytest
 import torch
 from conftest import ROOT
 
-from networks import DataError, check_values
+from networks import DataError, check_export, check_values
 from networks.intensity import ScaleIntensityByd
-from networks.trained_for import differences, plain_intensity, plain_values, trained_values
+from networks.trained_for import differences, plain_intensity, plain_values, record_of, trained_values
 
 PERCENTILES = {"_target_": "ScaleIntensityRangePercentilesd", "lower": 0.5, "upper": 99.5, "b_min": 0, "b_max": 1}
 WAYS = {
     "minmax": {"_target_": "ScaleIntensityd", "keys": "image"},
     "percentiles 0.5 99.5": {**PERCENTILES, "keys": "image", "clip": True},
-    "window -125 275": {"_target_": "ScaleIntensityRanged", "a_min": -125, "a_max": 275, "b_min": 0, "b_max": 1},
+    "window -125 275": {
+        "_target_": "ScaleIntensityRanged",
+        **{"a_min": -125, "a_max": 275, "b_min": 0, "b_max": 1, "clip": True},
+    },
+    "window 0 255": {"_target_": "ScaleIntensityRanged", "a_min": 0, "a_max": 255, "b_min": 0, "b_max": 1},
 }
 
 
@@ -36,6 +41,48 @@ def test_older_weights_mean_what_the_plain_values_mean(text):
 
 def test_one_way_of_scaling_written_otherwise_is_the_same():
     assert plain_intensity("percentiles  0.50 99.5") == plain_intensity("percentiles .5 99.50")
+    assert plain_intensity("window 0 1234567") == "window 0 1234567" != plain_intensity("window 0 1234570")
+    assert plain_intensity("window 1e6 2e6") == "window 1000000 2000000"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**WAYS["minmax"], "minv": -1},
+        {**WAYS["minmax"], "channel_wise": True},
+        {**PERCENTILES, "clip": False},
+        {**PERCENTILES, "clip": True, "relative": True},
+        {"_target_": "ScaleIntensityRanged", "a_max": 275, "b_min": 0, "b_max": 1, "clip": True},
+    ],
+)
+def test_what_older_weights_saw_otherwise_is_not_taken_for_a_plain_way(other):
+    assert plain_intensity(other) == other
+
+
+def test_weights_that_were_replaced_keep_their_values(tmp_path):
+    for weights, record in {"model.pt.previous": "model.json.previous", "a.b.safetensors": "a.b.json"}.items():
+        (tmp_path / record).write_text(json.dumps({"image_size": 64}))
+        assert record_of(tmp_path / weights) == tmp_path / record
+        assert trained_values(tmp_path / weights, image_size=32) == {"image_size": 64}
+
+
+def test_weights_that_tell_nothing_are_said_to(tmp_path, caplog):
+    (tmp_path / "model.pt").touch()
+    assert trained_values(tmp_path / "model.pt", image_size=32) == {"image_size": 32}
+    assert "model.json" in caplog.text
+
+
+def test_an_export_older_than_the_weights_is_refused(tmp_path, caplog):
+    exported, weights = tmp_path / "model.ts", tmp_path / "model.pt"
+    exported.touch()
+    check_export(exported, weights)
+    assert "model.ts" in caplog.text
+    weights.touch()
+    os.utime(exported, (1, 1))
+    with pytest.raises(DataError, match="model.ts.*model.pt"):
+        check_export(exported, weights)
+    os.utime(weights, (0, 0))
+    check_export(exported, weights)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +100,9 @@ def test_each_way_scales_as_it_says(by, expected):
     np.testing.assert_allclose(scaled, expected(image), atol=1e-4)
 
 
-@pytest.mark.parametrize("by", ["", "window", "window 3", "window 5 1", "percentiles -1 99", "max", None, {"a": 1}])
+@pytest.mark.parametrize(
+    "by", ["", "window", "window 3", "window 5 1", "window 0 abc", "window 0 inf", "percentiles -1 99", None]
+)
 def test_other_ways_are_refused(by):
     with pytest.raises(DataError, match="intensity"):
         ScaleIntensityByd("image", by)
