@@ -162,7 +162,8 @@ def write(file: Path, sop: str, pixels: np.ndarray | None, **values: object) -> 
         data.PixelData = pixels.astype("<u2").tobytes()
     for name, value in values.items():
         setattr(data, name, value)
-    data.save_as(file, enforce_file_format=True)
+    data.is_little_endian, data.is_implicit_VR = True, False  # pydicom 2 asks for them, and 3 takes them
+    data.save_as(file, write_like_original=False)
 
 
 def write_stack(folder: Path, stack: np.ndarray = STACK, **values: list) -> None:
