@@ -461,11 +461,11 @@ threads()
 """
     group = f"$torch.distributed.init_process_group('gloo', 'file://{tmp_path}/store', rank=0, world_size=1)"
     config = {
-        "imports": ["$import torch", "$import networks"],
+        "imports": ["$import torch", "$from networks import leave_process_group"],  # first: imports free things
         "network": {"_target_": "torch.nn.parallel.DistributedDataParallel", "module": "$torch.nn.Linear(1, 1)"},
         "initialize": group,
         "training": "$@network(torch.ones(1, 1)).sum().backward()",
-        "finalize": "$networks.leave_process_group()",
+        "finalize": "$leave_process_group()",
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     output = run("-c", script, cwd=tmp_path).stdout

@@ -1,4 +1,4 @@
-"""Something learns: half a minute of a bundle's own training finds what its phantoms' labels show.
+"""Something learns: a hundred steps of a bundle's own training find what its phantoms' labels show.
 
 Scores are taken here, of the validation's label maps against the label files as they lie, so that no part of the
 pipeline judges itself: a class taken for another, or a slice turned, counts as wrong even where training and validation
@@ -20,11 +20,15 @@ from PIL import Image
 
 from networks.datasets import cases
 
-PHANTOMS = {"fias_acdc": ("acdc", "--slices", "3"), "danie_glas": ("glas", "--train", "25")}
+PHANTOMS = {"fias_acdc": ("acdc", "--slices", "6"), "danie_glas": ("glas", "--train", "125")}
+# About a hundred steps, because the running variances of batch normalisation keep 0.9 of their initial 1 at each: after
+# forty, they are ten times those of DANIE's first layers, and it scores 0 on slices that it fits well in training.
 OPTIONS = {
-    "fias_acdc": {"epochs": 8, "batch_size": 4},
-    "danie_glas": {"epochs": 5, "batch_size": 2, "size": "small"},
+    "fias_acdc": {"epochs": 4, "batch_size": 4},
+    "danie_glas": {"epochs": 2, "batch_size": 2, "size": "small"},
 }
+LEARNT = 0.8
+"""Dice that a training reaches if, and only if, its labels lie on their images."""
 AUGMENTATION = {"augment_prob": 1, "rotate_range": 0.5, "zoom_range": 0.2, "shift_range": 0.2, "flip_prob": 0.5}
 
 
@@ -48,14 +52,14 @@ def read(file: str | Path) -> np.ndarray:
     return np.asarray(nib.load(file).dataobj)
 
 
-def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the truth's classes."""
+def dice(prediction: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Of each class of the truth."""
     pairs = [(prediction == label, truth == label) for label in np.unique(truth)[1:]]
-    return float(np.mean([2 * (found & there).sum() / (found.sum() + there.sum()) for found, there in pairs]))
+    return [2 * (found & there).sum() / (found.sum() + there.sum()) for found, there in pairs]
 
 
-def train(name: str, data: Path, root: Path, **overrides: object) -> tuple[float, float]:
-    """Train by the bundle's ``train.json``; the mean Dice of the validation cases before and after."""
+def train(name: str, data: Path, root: Path, **overrides: object) -> tuple[np.ndarray, np.ndarray]:
+    """Train by the bundle's ``train.json``; the validation's Dice of each class before and after."""
     options = {"image_size": 64, "learning_rate": 1e-3, "seed": 0, **AUGMENTATION, **OPTIONS[name], **overrides}
     workflow = ConfigWorkflow(
         str(ROOT / "bundles" / name / "configs" / "train.json"),
@@ -75,12 +79,12 @@ def train(name: str, data: Path, root: Path, **overrides: object) -> tuple[float
     evaluator.run()
     workflow.run()  # validates once, after its last epoch
     before, after = np.split(np.array(scores), 2)
-    return before.mean(), after.mean()
+    return before.mean(0), after.mean(0)
 
 
 def test_training_finds_what_the_labels_show(name, data, tmp_path):
     before, after = train(name, data, tmp_path)
-    assert before < 0.3 and after >= 0.8, f"Dice {before:.3f} before, {after:.3f} after"
+    assert before < 0.3 and after >= LEARNT, f"Dice {before:.3f} before, {after:.3f} after"
 
 
 def test_labels_shifted_against_their_images_teach_nothing(name, data, tmp_path):
@@ -100,4 +104,4 @@ def test_labels_shifted_against_their_images_teach_nothing(name, data, tmp_path)
         else:
             nib.save(nib.Nifti1Image(rolled, nib.load(case["label"]).affine), case["label"])
     _, after = train(name, shifted, tmp_path)
-    assert after < 0.8, f"Dice {after:.3f}"
+    assert after < LEARNT, f"Dice {after:.3f}"
