@@ -49,10 +49,9 @@ def read_image(file: str | Path) -> Any:
         DataError: when the file is none of these, or one of DICOM's or Pillow's refusals.
         Exception: those of the readers for a file that cannot be read.
     """
-    reader: ImageReader = SeriesReader()
-    if not Path(file).is_dir():
-        reader = PictureReader() if str(file).lower().endswith(PICTURES) else reader
-        reader = NiftiReader() if str(file).lower().endswith(VOLUMES) else reader
+    kinds: dict[type[ImageReader], tuple[str, ...]] = {PictureReader: PICTURES, NiftiReader: VOLUMES}
+    fitting = (kind for kind, endings in kinds.items() if str(file).lower().endswith(endings))
+    reader = (SeriesReader if Path(file).is_dir() else next(fitting, SeriesReader))()  # a series alone needs ITK
     values, meta = reader.get_data(reader.read(file))
     meta["filename_or_obj"] = str(file)
     image: Any = MetaTensor.ensure_torch_and_prune_meta(np.asarray(values, np.float32), meta)
