@@ -29,8 +29,6 @@ OPTIONS = {
 }
 LEARNT = 0.8
 """Dice that a training reaches if, and only if, its labels lie on their images."""
-pytestmark = pytest.mark.slow  # until its Dice is known to hold on every machine
-
 AUGMENTATION = {"augment_prob": 1, "rotate_range": 0.5, "zoom_range": 0.2, "shift_range": 0.2, "flip_prob": 0.5}
 
 
@@ -86,7 +84,8 @@ def train(name: str, data: Path, root: Path, **overrides: object) -> tuple[np.nd
 
 def test_training_finds_what_the_labels_show(name, data, tmp_path):
     before, after = train(name, data, tmp_path)
-    assert before < 0.3 and after >= LEARNT, f"Dice {before:.3f} before, {after:.3f} after"
+    told = f"Dice {before.round(3)} before, {after.round(3)} after"
+    assert before.mean() < 0.3 and after.mean() >= LEARNT and after.min() >= 0.7, told  # of each class, too
 
 
 def test_labels_shifted_against_their_images_teach_nothing(name, data, tmp_path):
@@ -106,4 +105,4 @@ def test_labels_shifted_against_their_images_teach_nothing(name, data, tmp_path)
         else:
             nib.save(nib.Nifti1Image(rolled, nib.load(case["label"]).affine), case["label"])
     _, after = train(name, shifted, tmp_path)
-    assert after < LEARNT, f"Dice {after:.3f}"
+    assert after.mean() < LEARNT, f"Dice {after.round(3)}"
