@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 from .errors import DataError
 
 __all__ = ["bundle_root", "weights_in"]
-
-logger = logging.getLogger(__name__)
 
 
 def bundle_root(name: str) -> str:
