@@ -13,9 +13,10 @@ Publish it where ``python -m monai.bundle download --name NAME --bundle_dir .`` 
 
 MONAI downloads zips without a look at checksums. The command printed at the end, with ``--url``, does look.
 
-A release holds the bundle's configs, docs and licence, its weights where there are any, and under ``scripts/networks``
-the code that it needs: ``scripts`` is the one module name that MONAI Label unloads between bundles, so bundles of two
-releases serve side by side, each with its own code. The configs' ``networks.`` becomes ``scripts.networks.``.
+A release holds the bundle's configs, docs and licence, its weights where there are any, and the code that it needs, as
+a package of its own name, such as ``fias_acdc_code_0_4_1``. So bundles of several releases serve side by side, each
+with its own code. (The model zoo's name is ``scripts``, which MONAI Label unloads while other threads import it.) The
+configs' ``networks.`` becomes ``fias_acdc_code_0_4_1.networks.``.
 
 Where there are weights, ``model.json`` beside them tells what they were trained for: evaluation and inference read it,
 and the release's ``train.json`` has the same values. Training goes on from them: ``start_from`` names them, and no
@@ -45,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from networks import DataError, explain_errors, load_weights  # noqa: E402
-from networks.files import whole_file  # noqa: E402
+from networks.storage import whole_file  # noqa: E402
 from networks.trained_for import differences, plain_values, record_of  # noqa: E402
 from networks.weights import read_weights  # noqa: E402
 
@@ -139,6 +140,8 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
     model = next((place for place in places if place.is_file()), places[-1])
     if weights and not model.is_file():
         raise FileNotFoundError(f"No weights at {model}.")
+    version = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
+    code = re.sub(r"\W", "_", f"{name}_code_{version}")
     baked = dict.fromkeys(values, False)
     trained: dict[str, Any] = {}  # evaluation and inference read these from beside the weights
     if model.is_file():
@@ -155,7 +158,6 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
                 raise DataError(f"{model} was trained with {other}: set cannot be otherwise.")
         else:
             print(f"No {seen}: the release has the config's own values, whatever {model} was trained with.")
-        version = json.loads((source / "configs" / "metadata.json").read_text(encoding="utf-8"))["version"]
         record = {**trained, "shipped": f"{name} {version}"}
         files["models/model.json"] = f"{json.dumps(record, indent=4)}\n".encode()
         trained = {k: v for k, v in trained.items() if k not in ("network", "shipped")}
@@ -177,15 +179,15 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
                     usual, end = json.JSONDecoder().raw_decode(text, match.end())
                     text = text if usual == value else text[: match.end()] + json.dumps(value) + text[end:]
                     baked[key] = True
-            text = text.replace('"networks.', '"scripts.networks.')
-            text = text.replace('"$import networks"', '"$import scripts.networks as networks"')
+            text = text.replace('"networks.', f'"{code}.networks.')
+            text = text.replace('"$import networks"', f'"$import {code}.networks as networks"')
         files[f"configs/{config.name}"] = text.encode("utf-8")
     missing = [key for key, found in baked.items() if not found]
     if missing:
         raise DataError(f"No config of {source.name} has the value {', '.join(missing)}.")
-    files["scripts/__init__.py"] = b""
-    for module in sorted((ROOT / "networks").glob("*.py")):
-        files[f"scripts/networks/{module.name}"] = module.read_bytes()
+    files[f"{code}/__init__.py"] = b""
+    for module in sorted((ROOT / "networks").rglob("*.py")):
+        files[f"{code}/{module.relative_to(ROOT)}"] = module.read_bytes()
     if (source / "large_files.yml").is_file():
         files["large_files.yml"] = (source / "large_files.yml").read_bytes()
     return files
@@ -233,7 +235,7 @@ def _verify(folder: Path) -> None:
         raise DataError(f"The network does not give what the metadata says:\n{check.stdout}{check.stderr}")
     if (folder / "models" / "model.pt").is_file():
         config = (folder / "configs" / "inference.json").read_text(encoding="utf-8")
-        config = config.replace("scripts.networks", "networks")
+        config = re.sub(r"\w+_code_\w+\.networks", "networks", config)
         parser = ConfigParser({**json.loads(config), "bundle_root": str(folder)})
         load_weights(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")
 

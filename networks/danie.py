@@ -42,7 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import (
+from .errors import DataError, check_option
+from .layers import (
     ConvNormAct,
     Heads,
     ScaleFusion,
@@ -53,7 +54,6 @@ from .blocks import (
     pad_to_multiple,
     upsample,
 )
-from .errors import DataError, check_option
 from .weights import load_backbone, read_weights
 
 __all__ = ["DANIE"]

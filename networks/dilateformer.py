@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import MultiHeadSelfAttention
-from .blocks import check_input
 from .errors import DataError
+from .layers import MultiHeadSelfAttention, check_input
 from .weights import StateDict, load_backbone, read_weights
 
 __all__ = ["DilateFormer", "MultiScaleDilatedAttention", "dilated_attention"]

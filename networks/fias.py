@@ -33,11 +33,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import MultiHeadSelfAttention
-from .blocks import ConvNormAct, Heads, ScaleFusion, SumFusion, check_batch, check_input, check_spatial_dims, upsample
 from .dilateformer import DilateFormer
 from .errors import check_option
 from .folding import fuse_convs
+from .layers import (
+    ConvNormAct,
+    Heads,
+    MultiHeadSelfAttention,
+    ScaleFusion,
+    SumFusion,
+    check_batch,
+    check_input,
+    check_spatial_dims,
+    upsample,
+)
 
 __all__ = ["FIAS"]
 

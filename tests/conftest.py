@@ -24,7 +24,7 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes below
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["monai.bundle", "monai.handlers", "networks"])
+processes.set_forkserver_preload(["monai.bundle", "networks.data", "networks.engine", "networks.results"])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

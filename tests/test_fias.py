@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import FIAS
-from networks.blocks import SumFusion
 from networks.fias import ContextAwareFusion, DMKEncoder, MixAttDecoder, MixingAttention, MonteCarloAttention
+from networks.layers import SumFusion
 
 
 def test_ablations_run_together_and_unknown_ones_are_refused():

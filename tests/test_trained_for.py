@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 
 from networks import DataError, check_export, check_values
-from networks.intensity import ScaleIntensityByd
+from networks.data.intensity import ScaleIntensityByd
 from networks.trained_for import differences, plain_intensity, plain_values, record_of, trained_values
 
 PERCENTILES = {"_target_": "ScaleIntensityRangePercentilesd", "lower": 0.5, "upper": 99.5, "b_min": 0, "b_max": 1}

@@ -17,8 +17,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from networks.dilateformer import dilated_attention  # noqa: E402
 from test_dilateformer import unfold_attention  # noqa: E402
+
+from networks.dilateformer import dilated_attention  # noqa: E402
 
 
 def seconds(function: Callable, batch: int, channels: int, side: int, heads: int, training: bool) -> float:

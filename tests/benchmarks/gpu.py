@@ -145,7 +145,8 @@ def main(
     log = Path(output_dir).resolve() / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    tests = "-m pytest -m gpu -vv -rs --durations=5 --disable-warnings -p no:cacheprovider tests/test_gpu.py".split()
+    tests = "-m pytest -m gpu -vv -rs --durations=5 --disable-warnings -p no:cacheprovider".split()
+    tests.append("tests/bundles/test_gpu.py")
     tables = {"settings": "plain,prepared,bfloat16", "batches": "8,32", **(speed or {})}
     configs = [str(ROOT / "bundles" / bundle / "configs" / name) for name in ("train.json", "modern.json")]
     training = ["-m", "monai.bundle", "run", "--config_file", str(configs), "training"]

@@ -26,8 +26,10 @@ from monai.transforms import AsDiscreted, Compose, Invertd, Resized, SaveImaged,
 from torch import nn
 
 from networks import DANIE, FIAS
-from networks.files import LabelMapWriter, LoadVolumed
-from networks.slices import LabelInferer, SliceOrientationd, has_bfloat16
+from networks.data.geometry import SliceOrientationd
+from networks.data.loading import LoadVolumed
+from networks.engine.inferers import LabelInferer, has_bfloat16
+from networks.results.label_maps import LabelMapWriter
 
 SIDE, CLASSES, BATCH = 256, 9, 8
 STAGES = ("read", "preprocess", "network", "postprocess", "write")

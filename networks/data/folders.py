@@ -1,0 +1,188 @@
+"""Which images lie in a folder, and which of them are left out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .dicom import has_image, is_series
+from .formats import PICTURES, SERIES, UNREAD, VOLUMES
+
+__all__ = [
+    "Case",
+    "Cases",
+    "either",
+    "entries",
+    "file_named",
+    "files_named_like",
+    "folder_of",
+    "image_files",
+    "natural_order",
+    "stem_of",
+    "tell_left_out",
+]
+
+logger = logging.getLogger(__name__)
+
+Case = dict[str, Any]
+
+
+class Cases(list[Case]):
+    """Cases, and what was found beside them and left out.
+
+    Args:
+        cases: the cases.
+        left_out: ``{"file", "why"}`` each.
+    """
+
+    def __init__(self, cases: Iterable[Case] = (), left_out: Iterable[Mapping[str, str]] = ()) -> None:
+        super().__init__(cases)
+        self.left_out = [dict(entry) for entry in left_out]
+
+
+def folder_of(place: str | Path) -> Path:
+    """The folder of the images at a place: itself, or that of the one file."""
+    path = Path(place)
+    return path.parent if path.is_file() else path
+
+
+def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES), ignore: Sequence[str] = ()) -> Cases:
+    """Every image in a folder and its subfolders, linked ones too, for inference; or one image file.
+
+    Args:
+        place: the folder or file. A file that is named here is taken, whatever its name.
+        suffixes: endings of the files to take; with :data:`networks.data.formats.SERIES` also each folder of DICOM
+            files.
+        ignore: patterns of names to leave out, such as ``"*_gt.nii.gz"``.
+
+    Returns:
+        ``{"id": name, "image": path}`` per file or series, sorted. Images that were left out by their names, formats
+        or rights are in its ``left_out``, and in the log.
+
+    Raises:
+        DataError: when there is no such place, no image in it, or two of one name but for the ending.
+    """
+    folder = Path(place)
+    if folder.is_file():
+        return Cases([{"id": stem_of(folder), "image": str(folder)}])
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist. Set dataset_dir to the folder or the file to segment.")
+    endings = tuple(s for s in suffixes if s != SERIES)
+    left_out: list[dict[str, str]] = []
+    found: dict[Path, str] = {}
+    for path in (folder, *_below(folder, left_out)):
+        name = path.name.lower()
+        why = None
+        if path.is_dir():
+            if SERIES in suffixes and (why := _why_no_series(path)) is None:
+                found[path] = path.resolve().name
+        elif name.endswith((*VOLUMES, *PICTURES, *UNREAD)) and not name.startswith("."):
+            pattern = next((pattern for pattern in ignore if fnmatch(path.name, pattern)), None)
+            if pattern is not None:
+                why = f"named like {pattern}"
+            elif not name.endswith(endings):
+                why = "of a format that this bundle does not read"
+            elif not path.is_file():
+                why = "a link to nothing"
+            else:
+                found[path] = stem_of(path)
+        if why:
+            left_out.append({"file": str(path), "why": why})
+    taken = sorted(found)
+    tell_left_out(folder, left_out)
+    if not taken:
+        raise DataError(
+            f"No images in {folder}: expected {either(suffixes)} files there or in its subfolders."
+            + (f" {len(left_out)} were left out: {left_out[0]['file']} is {left_out[0]['why']}." if left_out else "")
+        )
+    named: dict[tuple[Path, str], Path] = {}
+    for path in taken:
+        other = named.setdefault((path.parent, found[path]), path)
+        if other != path:
+            raise DataError(f"{other} and {path} would have one label map, by their name. Rename or remove one.")
+    return Cases([{"id": found[path], "image": str(path)} for path in taken], left_out)
+
+
+def _why_no_series(folder: Path) -> str | None:
+    """Why a folder that holds DICOM files is no image; None where it is one, and empty where it holds none."""
+    try:
+        if not is_series(folder):
+            return ""
+        return None if has_image(folder) else "a folder of DICOM files without an image"
+    except OSError as error:
+        return f"not to be read ({Path(error.filename or folder).name}: {error.strerror})"
+
+
+def tell_left_out(place: Path, left_out: Sequence[Mapping[str, str]], most: int = 5) -> None:
+    """Name in the log what is left out, by its reason."""
+    for why, count in Counter(entry["why"] for entry in left_out).items():
+        files = [Path(entry["file"]).name for entry in left_out if entry["why"] == why]
+        more = f" and {count - most} more" if count > most else ""
+        logger.warning(f"{place}: {count} left out, {why}: {', '.join(files[:most])}{more}")
+
+
+def _below(folder: Path, left_out: list[dict[str, str]]) -> Iterator[Path]:
+    """All files and folders in a folder; each real folder is entered once, by a link only where no other way leads.
+
+    Folders that cannot be read are added to ``left_out``.
+    """
+
+    def note(error: OSError) -> None:
+        left_out.append({"file": str(error.filename), "why": f"not to be read ({error.strerror})"})
+
+    entered: set[str] = set()
+    starts = [folder]
+    for start in starts:
+        for root, names, files in os.walk(start, onerror=note):
+            if (real := os.path.realpath(root)) in entered:
+                names.clear()
+                continue
+            entered.add(real)
+            names[:] = [name for name in names if not name.startswith(".")]
+            paths = [Path(root, name) for name in (*names, *files)]
+            starts += sorted(path for path in paths[: len(names)] if path.is_symlink())
+            yield from paths
+
+
+def entries(folder: Path) -> Iterator[Path]:
+    """What lies in a folder, sorted; of a folder that bears a volume's name, as some unpack, what lies in it."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.name.lower().endswith(VOLUMES) and path.is_dir():
+            yield from (inner for inner in sorted(path.iterdir()) if not inner.name.startswith("."))
+        else:
+            yield path
+
+
+def files_named_like(folder: Path, suffixes: Sequence[str], stem: str) -> list[Path]:
+    return [p for p in entries(folder) if p.name.lower().endswith(tuple(suffixes)) and re.fullmatch(stem, stem_of(p))]
+
+
+def file_named(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
+    """The file of a name in a folder with any of some suffixes, in capitals too; with the first where there is none."""
+    candidates = [folder / f"{stem}{suffix}" for suffix in suffixes]
+    if found := next((c for c in candidates if c.is_file()), None):
+        return found
+    others = files_named_like(folder, suffixes, re.escape(stem)) if folder.is_dir() else []
+    return others[0] if others else candidates[0]
+
+
+def stem_of(path: Path) -> str:
+    return re.sub(r"(\.nii)?\.[^.]+$", "", path.name, flags=re.IGNORECASE)
+
+
+def natural_order(name: str) -> list[tuple[str, int]]:
+    """Sorting key that puts train_2 before train_10."""
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def either(suffixes: Sequence[str]) -> str:
+    return " or ".join([", ".join(suffixes[:-1]), suffixes[-1]] if len(suffixes) > 1 else suffixes)

@@ -1,0 +1,30 @@
+"""What runs. Configs name from here: bundle_root, weights_in, check_config, record_run, LabelInferer, AutocastInferer,
+CaseEvaluator, unfinished, the handlers of a training, Checkpoints, and what several processes need."""
+
+from .checkpoints import Checkpoints
+from .checks import check_config
+from .evaluator import CaseEvaluator, unfinished
+from .handlers import EMA, EpochSeed, ProgressBar, WholeOutput
+from .inferers import AutocastInferer, LabelInferer
+from .places import bundle_root, weights_in
+from .processes import ShareBuffers, check_shares, leave_process_group
+from .records import record_run
+
+__all__ = [
+    "EMA",
+    "AutocastInferer",
+    "CaseEvaluator",
+    "Checkpoints",
+    "EpochSeed",
+    "LabelInferer",
+    "ProgressBar",
+    "ShareBuffers",
+    "WholeOutput",
+    "bundle_root",
+    "check_config",
+    "check_shares",
+    "leave_process_group",
+    "record_run",
+    "unfinished",
+    "weights_in",
+]

@@ -1,0 +1,113 @@
+"""How a 2D network is run over a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.inferers import Inferer, SimpleInferer
+from torch import Tensor
+
+from ..errors import DataError
+
+__all__ = ["AutocastInferer", "LabelInferer", "has_bfloat16"]
+
+
+class LabelInferer(Inferer):
+    """The label map of a volume by a 2D network, at the volume's own resolution.
+
+    Batches of slices are resized to the network's size, their logits resized back and reduced to the greatest class
+    before the next batch comes. Memory holds one byte per voxel, where MONAI's ``SliceInferer`` holds a float per voxel
+    and class. In fp32 the label map is the same.
+
+    Args:
+        size: height and width that the network sees.
+        batch_size: slices in one forward.
+        bfloat16: run the network in that type by autocast; None does so on a GPU where :func:`has_bfloat16` holds. On a
+            CPU that has it, it is faster too, but rounds otherwise.
+        flips: take the mean of the class probabilities of each slice and its three mirror images, in four times the
+            time. A network that was trained without flips knows left from right, and loses by it.
+        probabilities: take a network in training mode too, and give its class probabilities at the network's size:
+            MONAI Label's scoring compares them under dropout.
+
+    Shape:
+        ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit; of a network in training mode to
+        ``B, classes, *size, D`` of floats.
+
+    Raises:
+        DataError: when the network is in training mode and ``probabilities`` are not asked for, or it has more
+            classes than a label map holds.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        batch_size: int = 8,
+        bfloat16: bool | None = None,
+        flips: bool = False,
+        probabilities: bool = False,
+    ) -> None:
+        super().__init__()
+        self.probabilities = probabilities
+        self.size = (size[0], size[1])
+        self.batch_size = batch_size
+        self.bfloat16 = bfloat16
+        self.flips = flips
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        volumes = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        b, _, h, w, depth = volumes.shape
+        slices = volumes.movedim(4, 1).flatten(0, 1)
+        training = getattr(network, "training", False)
+        if training and not self.probabilities:
+            raise DataError("The network is in training mode, and would segment at random: call its eval() first.")
+        bfloat16 = volumes.is_cuda and has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
+        found = []
+        for batch in slices.split(self.batch_size):
+            x = _resize(batch, self.size)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+                logits = network(x, *args, **kwargs).float()
+                if self.flips and not training:
+                    views = [network(x.flip(axes), *args, **kwargs).flip(axes) for axes in ((2,), (3,), (2, 3))]
+                    logits = torch.stack([logits, *views]).float().softmax(2).mean(0)
+            if logits.shape[1] > 256:
+                raise DataError(f"The network has {logits.shape[1]} classes, more than the 256 that a label map holds.")
+            if training:
+                found.append(logits.softmax(1))
+            else:
+                found.append(_resize(logits, (h, w)).argmax(1, keepdim=True).to(torch.uint8))
+        labels = torch.cat(found).unflatten(0, (b, depth)).movedim(1, 4)
+        return MetaTensor(labels).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else labels
+
+
+class AutocastInferer(SimpleInferer):
+    """:class:`monai.inferers.SimpleInferer` in bfloat16, on CPUs too, where the trainer's ``amp`` has no effect.
+
+    Args:
+        bfloat16: True runs the network in that type by autocast, and gives its maps in fp32, for the loss.
+    """
+
+    def __init__(self, bfloat16: bool | None = None) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.bfloat16:
+            return super().__call__(inputs, network, *args, **kwargs)
+        with torch.autocast(inputs.device.type, torch.bfloat16):
+            maps = super().__call__(inputs, network, *args, **kwargs)
+        return maps.float() if isinstance(maps, Tensor) else [m.float() for m in maps]
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device has instructions for bfloat16: a GPU from Ampere on, a CPU with AVX512_BF16 or AMX."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

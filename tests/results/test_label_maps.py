@@ -1,0 +1,58 @@
+"""Label maps have the shape of their volume; of a picture they are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose, Invertd, Resized
+from PIL import Image
+
+from networks.data.formats import PICTURES
+from networks.data.geometry import SliceOrientationd
+from networks.data.loading import LoadVolumed
+from networks.results.label_maps import SaveLabelMapd
+from networks.results.pictures import COLOURS
+
+
+def save(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> str:
+    nib.save(nib.Nifti1Image(data, np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "SCAN.NII.GZ"])
+def test_a_label_map_has_its_volume_s_shape(name, tmp_path):
+    case = LoadVolumed("image")({"image": save(tmp_path / name, np.arange(24, dtype=np.uint8).reshape(4, 3, 2))})
+    SaveLabelMapd("image", tmp_path / "out")(case)
+    (written,) = (tmp_path / "out").iterdir()
+    assert nib.load(written).shape == (4, 3, 2)
+
+
+def test_a_picture_is_a_volume_of_one_slice_and_its_label_map_lies_on_it(tmp_path):
+    rng = np.random.default_rng(0)
+    file = tmp_path / "image.png"
+    Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(file)
+    steps = [
+        LoadVolumed("image", channels=3, suffixes=PICTURES),
+        SliceOrientationd("image"),
+        Resized("image", [32, 32, -1], mode="trilinear"),
+    ]
+    prepare = Compose(steps)
+    case = prepare({"image": str(file)})
+    assert case["image"].shape == (3, 32, 32, 1)
+    # A prediction that is exact under resizing: classes by halves of the picture, the left, then the lower quarter.
+    pred = torch.zeros(1, 32, 32, 1)
+    pred[0, :16] = 1
+    pred[0, 16:, 24:] = 2
+    case["pred"] = case["image"][:1] * 0 + pred
+    case = Invertd("pred", prepare, "image", nearest_interp=True)(case)
+    assert case["pred"].shape == (1, 60, 40, 1)
+    SaveLabelMapd("pred", tmp_path / "out", ".png")(case)
+    saved = Image.open(tmp_path / "out" / "image_seg.png")
+    assert saved.size == (60, 40)
+    values = np.asarray(saved)
+    assert (values[:, :30] == 1).all() and (values[:30, 30:] == 0).all() and (values[30:, 30:] == 2).all()
+    assert saved.convert("RGB").getpixel((0, 0)) == COLOURS[0] and saved.convert("RGB").getpixel((59, 0)) == (0, 0, 0)
