@@ -34,6 +34,7 @@ one network, not that it is the authors' own:
 from __future__ import annotations
 
 import math
+import warnings
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,14 +87,13 @@ class DANIE(nn.Module):
         dropout: rate between the two convolutions of joint preservation's blocks. The paper gives none.
         pretrained: True for timm's ImageNet weights in the MaxViT, downloaded once; a path for a file of them
             (``.safetensors`` or ``.pth``); False for none. A file fits one or three input channels: one takes the
-            stem's weights summed over RGB, equal to repeating the channel. Without effect where ``self_attention``
-            is False.
+            stem's weights summed over RGB, equal to repeating the channel. Without effect where ``sap`` is False.
         drop_path: stochastic depth of the MaxViT. The paper gives none.
         img_size: height and width of the slices, or both in one number. The MaxViT's windows are a 32nd of it, rounded
             up. All values share one set of weights.
-        self_attention: False leaves the SAP stream out, and MaxViT with it (table 5, A.2).
-        hierarchical_attention: False leaves the HAP stream out (table 5, A.1). Either stream alone is not fused:
-            ``fusion`` has no effect.
+        sap: False leaves the self-attention perception stream out, and MaxViT with it (table 5, A.2).
+        hap: False leaves the hierarchical-attention perception stream out (table 5, A.1). Either stream alone is not
+            fused: ``fusion`` has no effect.
         attention: order of the attentions in HAP, ``"channel-spatial"`` or ``"spatial-channel"`` (table 6), or one of
             them alone. ``"channel"`` and ``"spatial"`` keep every convolution, a fair ablation; ``"w/o spatial"`` and
             ``"w/o channel"`` are table 5's A.3 and A.4 at their printed cost, which the rows reach only if the
@@ -104,6 +104,8 @@ class DANIE(nn.Module):
         scaled_energies: divide ES's energies by the square root of the number of pixels. Without it (the paper,
             DANet) they grow to 1e5 and the softmax picks one channel.
         deep_supervision: in training return the four maps rather than their sum. The paper trains the sum.
+        former: ``self_attention`` and ``hierarchical_attention``, as ``sap`` and ``hap`` were called; they are taken
+            with a warning until version 0.3.
 
     Shape:
         ``B, in_channels, H, W`` with any ``H, W >= 32`` to logits ``B, out_channels, H, W``. In training with
@@ -140,21 +142,23 @@ class DANIE(nn.Module):
         pretrained: bool | str | Path = False,
         drop_path: float = 0.0,
         img_size: int | Sequence[int] = 256,
-        self_attention: bool = True,
-        hierarchical_attention: bool = True,
+        sap: bool = True,
+        hap: bool = True,
         attention: str = "channel-spatial",
         calibration: bool = True,
         fusion: str = "joint",
         scaled_energies: bool = False,
         deep_supervision: bool = False,
+        **former: bool,
     ) -> None:
         super().__init__()
+        sap, hap = _renamed(former, sap, hap)
         check_spatial_dims("DANIE", spatial_dims)
         check_option("size", size, SIZES)
         check_option("attention", attention, ATTENTIONS)
         check_option("fusion", fusion, FUSIONS)
-        if not (self_attention or hierarchical_attention):
-            raise DataError("DANIE needs a stream: self_attention and hierarchical_attention are both False.")
+        if not (sap or hap):
+            raise DataError("DANIE needs a stream: sap and hap are both False.")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < 1:
             raise DataError(f"img_size is a size in pixels or a pair of them, got {img_size!r}.")
@@ -162,16 +166,14 @@ class DANIE(nn.Module):
         backbone, channels = SIZES[size]
         self.in_channels = in_channels
         self.dropout_rate = dropout
-        self.tile = tile if self_attention else (32, 32)
+        self.tile = tile if sap else (32, 32)
         self.self_attention = (
-            SelfAttentionPerception(backbone, in_channels, tile, pretrained, drop_path) if self_attention else None
+            SelfAttentionPerception(backbone, in_channels, tile, pretrained, drop_path) if sap else None
         )
         self.hierarchical_attention = (
-            HierarchicalAttentionPerception(in_channels, channels, attention, calibration)
-            if hierarchical_attention
-            else None
+            HierarchicalAttentionPerception(in_channels, channels, attention, calibration) if hap else None
         )
-        both = self_attention and hierarchical_attention
+        both = sap and hap
         self.joint_preservation = JointPreservation(channels, fusion if both else "add", scaled_energies, dropout)
         self.heads = Heads(channels, out_channels, deep_supervision)
 
@@ -569,3 +571,13 @@ def _product_in_32_bit(a: Tensor, b: Tensor) -> Tensor:
         return (a.double() @ b.double()).float()
     with torch.autocast(a.device.type, enabled=False):
         return a.float() @ b.float()
+
+
+def _renamed(former: dict[str, bool], sap: bool, hap: bool) -> tuple[bool, bool]:
+    """``sap`` and ``hap`` where they were given by their former names."""
+    names = {"self_attention": "sap", "hierarchical_attention": "hap"}
+    if unknown := sorted(former.keys() - names):
+        raise TypeError(f"DANIE() got an unexpected keyword argument {unknown[0]!r}")
+    for name in former:
+        warnings.warn(f"DANIE's {name} is called {names[name]} now.", FutureWarning, stacklevel=3)
+    return former.get("self_attention", sap), former.get("hierarchical_attention", hap)

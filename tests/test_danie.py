@@ -195,8 +195,8 @@ def test_each_ablation_is_another_network_of_the_same_interface():
     x, seen = image(1, 1, 64, 64), []
     for kwargs in (
         {},
-        {"self_attention": False},
-        {"hierarchical_attention": False},
+        {"sap": False},
+        {"hap": False},
         *({"attention": a} for a in ("spatial-channel", "channel", "spatial", "w/o spatial", "w/o channel")),
         *({"fusion": f} for f in ("es", "eh", "add", "concat")),
     ):
@@ -220,14 +220,22 @@ def test_unknown_arguments_are_refused_with_what_is_known():
     with pytest.raises(ValueError, match="img_size.* 0"):
         DANIE(1, 2, img_size=0)
     with pytest.raises(ValueError, match="both False"):
-        DANIE(1, 2, self_attention=False, hierarchical_attention=False)
+        DANIE(1, 2, sap=False, hap=False)
+    with pytest.raises(TypeError, match="attentions"):
+        DANIE(1, 2, attentions="both")
+
+
+def test_former_names_of_arguments_are_taken_with_a_warning():
+    with pytest.warns(FutureWarning, match="hap"):
+        net = small(hierarchical_attention=False)
+    assert net.hierarchical_attention is None and net.self_attention is not None
 
 
 @torch.no_grad()
 def test_a_slice_that_does_not_fit_is_padded_below_and_right_and_cropped_back():
     net, x = small(), image(2, 1, 70, 64)
     torch.testing.assert_close(net(x), net(F.pad(x, [0, 0, 0, 58]))[:, :, :70])
-    windowless = small(self_attention=False)
+    windowless = small(sap=False)
     torch.testing.assert_close(windowless(x), windowless(F.pad(x, [0, 0, 0, 26]))[:, :, :70])
 
 

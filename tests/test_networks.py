@@ -36,8 +36,8 @@ COST = {
     "FIAS without MixAtt": (FIAS, {"decoder": "conv"}, 30.54, 6.84),
     "DANIE-S": (DANIE, {"size": "small"}, 50.02, 13.29),
     "DANIE-L": (DANIE, {}, 112.11, 26.55),
-    "A.1 w/o hierarchical-attention": (DANIE, {"hierarchical_attention": False}, 81.73, 19.06),
-    "A.2 w/o self-attention": (DANIE, {"self_attention": False}, 40.53, 10.98),
+    "A.1 w/o hierarchical-attention": (DANIE, {"hap": False}, 81.73, 19.06),
+    "A.2 w/o self-attention": (DANIE, {"sap": False}, 40.53, 10.98),
     "A.3 w/o spatial att": (DANIE, {"fusion": "add", "attention": "w/o spatial"}, 90.55, 22.13),
     "A.4 w/o channel att": (DANIE, {"fusion": "add", "attention": "w/o channel"}, 97.51, 23.25),
     "A.5, C.2 add": (DANIE, {"fusion": "add"}, 104.66, 25.16),
@@ -147,7 +147,7 @@ def test_small_batches_and_sizes_train(build, shape):
     assert all(m.shape[2:] == shape[2:] and m.isfinite().all() for m in maps)
 
 
-@pytest.mark.parametrize("net", [FIAS(1, 4), DANIE(1, 4, self_attention=False)])
+@pytest.mark.parametrize("net", [FIAS(1, 4), DANIE(1, 4, sap=False)])
 def test_one_value_per_channel_is_answered_with_what_to_do(net):
     with pytest.raises(ValueError, match="single slice.*32 x 32"):
         net.train()(torch.zeros(1, 1, 32, 32))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 Splits = dict[str, list[Case]]
 
 SPLITS = ("train", "validation", "test")
+
+PATIENT = r"\D*\d+"
+"""What a file's name begins with that tells its patient: all up to the first number."""
 
 LEFT_OUT = "left out"
 """Beside the splits, a layout lists here ``{"file", "why"}`` of what it does not take."""
@@ -56,13 +60,15 @@ MASK_LABELS = {0: 0, 255: 1}
 INSTANCE_LABELS = {0: 0, **{raw: 1 for raw in range(1, 256)}}
 
 
-def cases(layout: str, dataset_dir: str | Path, split: str) -> Cases:
+def cases(layout: str, dataset_dir: str | Path, split: str, patient: str = PATIENT) -> Cases:
     """Cases of one split of a dataset.
 
     Args:
         layout: one of :data:`LAYOUTS` or :data:`PAPERS`.
         dataset_dir: the folder that the download unpacked to, or one above it; for ``"datalist"`` the JSON file.
         split: ``"train"``, ``"validation"`` or ``"test"``.
+        patient: of ``"folder"``, a regular expression for the beginning of a file's name. Files in which it finds the
+            same text (its first group, where it has one) are of one patient, and go into one split.
 
     Returns:
         ``{"id": name, "image": path, "label": path}`` per case, sorted by name; ``"label_values"`` with them maps
@@ -70,8 +76,9 @@ def cases(layout: str, dataset_dir: str | Path, split: str) -> Cases:
 
     Raises:
         ValueError: on an unknown ``layout`` or ``split``.
-        DataError: when a folder is missing, an image has no label, a case is there twice or in two splits, or the
-            split holds no case; the message names the files and what was expected where.
+        DataError: when a folder is missing, an image has no label, a case is there twice or in two splits, the split
+            holds no case, or ``patient`` is no pattern or tells no patients apart; the message names the files and what
+            was expected where.
     """
     check_option("layout", layout, (*LAYOUTS, *PAPERS))
     check_option("split", split, SPLITS)
@@ -79,7 +86,7 @@ def cases(layout: str, dataset_dir: str | Path, split: str) -> Cases:
     if not root.exists():
         raise DataError(f"{root} does not exist. Set dataset_dir to where the dataset was unpacked.")
     base = layout.removesuffix("_papers")
-    splits = LAYOUTS[base](root)
+    splits = _folder(root, patient) if base == "folder" else LAYOUTS[base](root)
     left_out = splits.pop(LEFT_OUT, [])
     seen: dict[str, Case] = {}
     for name in SPLITS:
@@ -190,8 +197,8 @@ def _glas(root: Path) -> Splits:
     return splits
 
 
-def _folder(root: Path) -> Splits:
-    """``images/`` and ``labels/`` with the same names; one in ten validates, two in ten test, drawn by name."""
+def _folder(root: Path, patient: str = PATIENT) -> Splits:
+    """``images/`` and ``labels/`` with the same names; of ten patients one validates and two test, drawn by name."""
     images, labels = root / "images", root / "labels"
     if not (images.is_dir() and labels.is_dir()):
         return {}
@@ -202,14 +209,38 @@ def _folder(root: Path) -> Splits:
             found.append(_case(image, file_named(labels, stem_of(image), kind)))
         elif name.endswith(UNREAD) or image.is_dir():
             left_out.append({"file": str(image), "why": "of a format that is not read here"})
-    random.Random(0).shuffle(found)
-    validation, test = (max(1, round(share * len(found))) if len(found) > 2 else 0 for share in (0.1, 0.2))
-    return {
-        "validation": found[:validation],
-        "test": found[validation : validation + test],
-        "train": found[validation + test :],
-        LEFT_OUT: left_out,
+    patients = _by_patient(found, patient)
+    if len(patients) < len(found):
+        logger.info(f"{images}: {len(found)} files of {len(patients)} patients, such as {next(iter(patients))}")
+    names = list(patients)
+    random.Random(0).shuffle(names)
+    validation, test = (max(1, round(share * len(names))) if len(names) > 2 else 0 for share in (0.1, 0.2))
+    parts = {
+        "validation": names[:validation],
+        "test": names[validation : validation + test],
+        "train": names[validation + test :],
     }
+    splits = {split: [case for name in part for case in patients[name]] for split, part in parts.items()}
+    return {**splits, LEFT_OUT: left_out}
+
+
+def _by_patient(cases: Sequence[Case], pattern: str) -> dict[str, list[Case]]:
+    """Cases by the patient that their names begin with; one whose name does not match is a patient of its own."""
+    try:
+        known = re.compile(pattern)
+    except re.error as error:
+        raise DataError(f"patient is a regular expression, got {pattern!r}: {error}.") from error
+    patients: dict[str, list[Case]] = {}
+    for case in cases:
+        match = known.match(case["id"])
+        name = case["id"] if match is None else match.group(1 if known.groups else 0) or case["id"]
+        patients.setdefault(name, []).append(case)
+    if len(cases) > 2 and len(patients) == 1:
+        raise DataError(
+            f"All {len(cases)} files, such as {cases[0]['image']}, are of one patient, {next(iter(patients))}: they "
+            "cannot be split. Say by --patient with which part of its name a patient's files begin."
+        )
+    return patients
 
 
 def _datalist(root: Path) -> Splits:
@@ -257,7 +288,7 @@ LAYOUTS: dict[str, Callable[[Path], Splits]] = {
 - ``btcv``: 15, 3 and 12 cases (:data:`BTCV_SPLIT`).
 - ``isic2017``, ``isic2018``: the official three parts; ``isic2018_bcdunet``: 70, 10 and 20 % of the training part.
 - ``glas``: 68, 17 (each fifth) and 80 (test A and B).
-- ``folder``: your own ``images/`` and ``labels/``, 70, 10 and 20 %.
+- ``folder``: your own ``images/`` and ``labels/``, 70, 10 and 20 % of the patients.
 - ``datalist``: your own JSON file in the form of the Medical Segmentation Decathlon's.
 
 Of datasets without validation cases of their own, ``btcv_papers`` and ``glas_papers`` do as the papers did: the
@@ -274,7 +305,7 @@ _EXPECTED = {
     "isic2018": "Expected ISIC2018_Task1-2_Training_Input and ISIC2018_Task1_Training_GroundTruth, and so for "
     "Validation and Test.",
     "glas": "Expected train_1.bmp and train_1_anno.bmp to train_85, testA_1 to 60, testB_1 to 20.",
-    "folder": "Expected images/NAME and labels/NAME of the same names, three cases or more.",
+    "folder": "Expected images/NAME and labels/NAME of the same names, of three patients or more.",
     "datalist": "Expected lists 'training', 'validation' and 'test' of entries with 'image' and 'label'.",
 }
 

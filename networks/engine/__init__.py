@@ -4,15 +4,15 @@ CaseEvaluator, unfinished, the handlers of a training, Checkpoints, and what sev
 from .checkpoints import Checkpoints
 from .checks import check_config
 from .evaluator import CaseEvaluator, unfinished
-from .handlers import EMA, EpochSeed, ProgressBar, WholeOutput
+from .handlers import AverageWeights, EpochSeed, ProgressBar, WholeOutput
 from .inferers import AutocastInferer, LabelInferer
 from .places import bundle_root, weights_in
 from .processes import ShareBuffers, check_shares, leave_process_group
 from .records import record_run
 
 __all__ = [
-    "EMA",
     "AutocastInferer",
+    "AverageWeights",
     "CaseEvaluator",
     "Checkpoints",
     "EpochSeed",

@@ -16,6 +16,7 @@ from monai.engines import Evaluator, Trainer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import DataError
 from ..storage import whole_file
@@ -48,7 +49,7 @@ class Checkpoints:
         optimizer: its optimiser.
         evaluator: the validation engine, whose key metric decides.
         resume: start from ``last.ckpt``.
-        averaged: a network of averaged weights, such as :class:`EMA` keeps; ``model.pt`` is of it then, and
+        averaged: the moving average of the network's weights, where there is one; ``model.pt`` is of it then, and
             ``last.ckpt`` has both.
         schedule: of the learning rate, a function of the step as ``LambdaLR`` and MONAI's are. A resumed training goes
             on at its step, towards the end that the config says then.
@@ -70,7 +71,7 @@ class Checkpoints:
         optimizer: Optimizer,
         evaluator: Evaluator,
         resume: bool = False,
-        averaged: nn.Module | None = None,
+        averaged: AveragedModel | None = None,
         schedule: LRScheduler | None = None,
         values: Mapping[str, Any] | None = None,
     ) -> None:
@@ -86,11 +87,8 @@ class Checkpoints:
         self.values = None if values is None else plain_values({"network": type(self.network).__name__, **values})
         self.due = time.monotonic()  # when last.ckpt is to be written again
         validated = getattr(evaluator, "network", self.network)
-        if validated is not (averaged or self.network):
-            raise DataError(
-                "The evaluator validates another network than model.pt will hold: where config files change either, "
-                "name multi_gpu_train.json before the recipe."
-            )
+        if validated is not (self.network if averaged is None else averaged.module):
+            raise DataError("The evaluator validates another network than model.pt will hold.")
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to a trainer, after its ``ValidationHandler`` and what else ends an epoch: it is saved complete."""
@@ -160,7 +158,8 @@ class Checkpoints:
         if trainer.scaler is not None:
             state["scaler"] = trainer.scaler.state_dict()
         if self.averaged is not None:
-            state["averaged"] = self.averaged.state_dict()
+            state["averaged"] = self.averaged.module.state_dict()
+            state["averaged_steps"] = int(self.averaged.n_averaged)
         if self.schedule is not None:
             state["schedule"] = self.schedule.last_epoch  # torch's name, of steps too
         self._write("last.ckpt", state)
@@ -204,7 +203,8 @@ class Checkpoints:
         if trainer.scaler is not None and "scaler" in state:
             trainer.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
-            load_state_dict(self.averaged, state["averaged"], source=str(path))
+            load_state_dict(self.averaged.module, state["averaged"], source=str(path))
+            self.averaged.n_averaged.fill_(state.get("averaged_steps", 1))  # which older files lack
         if self.schedule is not None:
             self.schedule.last_epoch = state["schedule"]
         for name, value in state["best"].items():
@@ -217,7 +217,7 @@ class Checkpoints:
 
     def _write_model(self) -> None:
         # From the CPU: exports and MONAI Label load it without saying where to, on machines without a GPU too.
-        network = self.network if self.averaged is None else self.averaged
+        network = self.network if self.averaged is None else self.averaged.module
         self._write("model.pt", {name: tensor.cpu() for name, tensor in network.state_dict().items()})
         record = self.directory / "model.json"
         if self.values is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+from jsonschema import Draft4Validator
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
@@ -17,31 +17,98 @@ from ..data.formats import MOST_CLASSES
 from ..errors import DataError
 from .workflow import running_workflow, typed_options
 
-__all__ = ["check_config"]
+__all__ = ["VALUES", "check_config"]
 
-COUNTS = {
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "val_batch_size": (1, math.inf),
-    "val_interval": (1, math.inf),
-    "num_workers": (0, math.inf),
-    "seed": (0, 2**32 - 1),
-    "in_channels": (1, math.inf),
-    "num_classes": (2, MOST_CLASSES),
-    "image_size": (32, math.inf),
+Schema = dict[str, Any]
+
+
+def _whole(low: int, high: int | None = None) -> Schema:
+    limit = f"from {low} up" if high is None else f"from {low} to {high}"
+    most = {} if high is None else {"maximum": high}
+    return {"type": "integer", "minimum": low, **most, "description": f"a whole number {limit}"}
+
+
+def _text(example: str) -> Schema:
+    return {"type": "string", "description": f"a text such as {example}"}
+
+
+SHARE = {"type": "number", "minimum": 0, "maximum": 1, "description": "a share from 0 to 1"}
+POSITIVE = {"type": "number", "minimum": 0, "maximum": 1e300, "description": "a number from 0 up"}
+SWITCH = {"type": "boolean", "description": "True or False"}
+SWITCH_OR_NONE = {"type": ["boolean", "null"], "description": "True or False"}
+PLACE = {"type": ["string", "number"], "description": "a path"}  # a folder called 2026 arrives as a number
+TEXTS = {"type": "array", "items": {"type": "string"}, "description": "a list of texts"}
+
+VALUES: dict[str, Schema] = {
+    "ckpt_dir": PLACE,
+    "output_dir": PLACE,
+    "dataset_dir": PLACE,
+    "bundle_root": PLACE,
+    "weights": PLACE,
+    "start_from": PLACE,
+    "cache_dir": {"type": ["string", "number", "null"], "description": "a path"},
+    "layout": _text("folder"),
+    "patient": _text(r"'\D*\d+'"),
+    "split": _text("validation"),
+    "suffixes": TEXTS,
+    "ignore": TEXTS,
+    "output_ext": _text(".nii.gz"),
+    "label_values": {"type": ["object", "null"], "description": 'numbers and their classes such as "{0: 0, 255: 1}"'},
+    "in_channels": _whole(1),
+    "num_classes": _whole(2, MOST_CLASSES),
+    "image_size": _whole(32),
+    "field_of_view": {"type": ["number", "string"], "description": "a number of millimetres, or whole"},
+    "intensity": _text("minmax"),
+    "empty_weight": SHARE,
+    "size": _text("small"),
+    "dropout": SHARE,
+    "deep_supervision": SWITCH,
+    "pretrained": {"type": ["boolean", "string"], "description": "True, False or a path"},
+    "epochs": _whole(1),
+    "batch_size": _whole(1),
+    "learning_rate": POSITIVE,
+    "weight_decay": POSITIVE,
+    "warmup": SHARE,
+    "average_weights": SWITCH,
+    "ema_momentum": SHARE,
+    "dice_weight": POSITIVE,
+    "ce_weight": POSITIVE,
+    "val_interval": _whole(1),
+    "seed": _whole(0, 2**32 - 1),
+    "augment_prob": SHARE,
+    "rotate_range": POSITIVE,
+    "zoom_range": POSITIVE,
+    "shift_range": SHARE,
+    "flip_prob": SHARE,
+    "noise_prob": SHARE,
+    "blur_prob": SHARE,
+    "brightness_prob": SHARE,
+    "contrast_prob": SHARE,
+    "amp": SWITCH,
+    "bfloat16": SWITCH_OR_NONE,
+    "compile": SWITCH,
+    "num_workers": _whole(0),
+    "val_batch_size": _whole(1),
+    "cache_validation": SWITCH,
+    "resume": SWITCH,
+    "first_process": SWITCH,
+    "convention": _text("strict"),
+    "metrics": TEXTS,
+    "pooled_metrics": TEXTS,
+    "flips": SWITCH,
+    "overlay": SWITCH,
 }
-"""Whole numbers among a bundle's values, and between which they lie."""
+"""JSON schema of each plain value of the bundles' configs, with a description for people."""
 
-SHARES = ("dropout", "empty_weight", "augment_prob", "flip_prob", "warmup", "shift_range")
-"""Values from 0 to 1."""
+_CHECKS = {name: Draft4Validator(schema) for name, schema in VALUES.items()}  # of draft 4, where 5.0 is no integer
 
 
 def check_config() -> None:
     """Refuse a value that the running bundle was given under a name or of a kind that it does not know.
 
-    MONAI's runner takes any: ``--epoch 5`` would train for 300. Known is what one of the files beside the config
-    names, or anything refers to, or MONAI adds of its own accord. A folder whose name was read as a number is taken as
-    it was typed. Outside MONAI's runner nothing is checked.
+    MONAI's runner takes any: ``--epoch 5`` would train for 300. Known is what :data:`VALUES` or one of the files beside
+    the config names, or anything refers to, or MONAI adds of its own accord. A folder whose name was read as a number
+    is taken as it was typed. Outside MONAI's runner nothing is checked.
 
     Raises:
         DataError: naming the value and the nearest known name, or what it can be.
@@ -49,50 +116,38 @@ def check_config() -> None:
     workflow = running_workflow()
     if workflow is None:
         return
-    known: dict[str, Any] = {}
-    for file in sorted(workflow.config_root_path.glob("*")):
-        own = file.stem in ("metadata", "modern") or file.stem.endswith("_cases")
-        if file.suffix in (".json", ".yaml", ".yml") and not own:
-            content = ConfigParser.load_config_file(file)
-            known |= content if isinstance(content, dict) else {}
     config = workflow.parser.get()
     _check_nones(config)
-    added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
-    used = {*added, *re.findall(r"@(\w+)", json.dumps(config, default=str))}
+    known = _known_names(config, workflow.config_root_path)
     for name, value in config.items():
-        if name in known or name in COUNTS or name in SHARES:
-            _check_value(name, value, known.get(name))
-        elif known and name not in used and not name.startswith("_"):
+        if name not in known:
             near = get_close_matches(name, known, 1)
             raise DataError(f"This bundle has no value {name}.{f' Is it {near[0]}?' if near else ''}")
+        _check_value(name, value)
         if name.endswith(("_dir", "_root")) and isinstance(value, (int, float)):
-            workflow.parser.ref_resolver.resolved_content[name] = _as_typed(name, value)
+            # No public way sets a value that another one may have been resolved from; tested by a folder called 2026.
+            workflow.parser.ref_resolver.resolved_content[name] = typed_options().get(name, str(value))
 
 
-def _check_value(name: str, value: Any, usual: Any) -> None:
-    """By its name, and by the value in the config file; a text that is an expression may become anything."""
+def _known_names(config: Mapping[str, Any], folder: Any) -> set[str]:
+    added: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
+    referred = re.findall(r"@(\w+)", json.dumps(config, default=str))
+    known = {*VALUES, *added, *referred, *(name for name in config if name.startswith("_"))}
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".json", ".yaml", ".yml") and file.stem != "metadata" and not file.stem.endswith("_cases"):
+            content = ConfigParser.load_config_file(file)
+            known |= set(content) if isinstance(content, dict) else set()
+    return known
+
+
+def _check_value(name: str, value: Any) -> None:
+    """By its schema; a text that is an expression may become anything."""
     if isinstance(value, str) and value.startswith(("$", "@", "%")):
         return
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        raise DataError(f"{name} got the text {value!r}, which counts as true: write True or False.")
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if name == "device":
         _check_device(value)
-    elif name in COUNTS:
-        low, high = COUNTS[name]
-        if not number or not isinstance(value, int) or not low <= value <= high:
-            limit = f"from {low} to {high}" if high < math.inf else f"from {low} up"
-            raise DataError(f"{name} is a whole number {limit}, got {value!r}.")
-    elif name in SHARES:
-        if not number or not 0 <= value <= 1:
-            raise DataError(f"{name} is a share from 0 to 1, got {value!r}.")
-    elif isinstance(usual, bool):
-        if isinstance(value, str) and name != "pretrained":  # which may be a file
-            raise DataError(f"{name} is True or False, got {value!r}.")
-    elif isinstance(usual, (int, float)) and (not number or value < 0):
-        raise DataError(f"{name} is a number from 0 up, such as {usual}, got {value!r}.")
-    elif isinstance(usual, list) and not isinstance(value, (list, tuple)):
-        raise DataError(f"{name} is a list such as {usual}, got {value!r}.")
+    elif name in VALUES and not _CHECKS[name].is_valid(list(value) if isinstance(value, tuple) else value):
+        raise DataError(f"{name} is {VALUES[name]['description']}, got {value!r}.")
 
 
 def _check_device(value: Any) -> None:
@@ -110,8 +165,3 @@ def _check_nones(config: Mapping[str, Any]) -> None:
         if text == "None" and name in config and config[name] not in (None, "whole"):
             advice = "whole slices are --field_of_view whole" if name == "field_of_view" else "leave the option out"
             raise DataError(f"--{name} None does not reach the config, whose own {name} would stay: {advice}.")
-
-
-def _as_typed(name: str, value: Any) -> str:
-    """The text of an option that fire took for a number, as it takes ``2026_11`` for 202611."""
-    return typed_options().get(name, str(value))

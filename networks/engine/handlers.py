@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from ignite.handlers import ProgressBar as IgniteProgressBar
 from ignite.metrics import Frequency, RunningAverage
 from ignite.metrics.metric import MetricUsage
@@ -16,11 +14,11 @@ from monai.engines import Evaluator, Trainer
 from monai.handlers import from_engine
 from monai.utils import set_determinism
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ..errors import DataError
 
-__all__ = ["EMA", "EpochSeed", "ProgressBar", "WholeOutput"]
+__all__ = ["AverageWeights", "EpochSeed", "ProgressBar", "WholeOutput"]
 
 
 class EpochSeed:
@@ -51,32 +49,26 @@ class EpochSeed:
         set_rnd(getattr(trainer.data_loader, "dataset", None), int(drawn[0]))
 
 
-class EMA(EMAHandler):
-    """ignite's moving average of weights and buffers, all tensors at once instead of two kernels for each.
-
-    After each step ``average = (1 - momentum) * average + momentum * network``; buffers of whole numbers are copied.
-    The networks here have hundreds of small tensors: for DANIE-S, a step's update is 89 operations instead of 2708.
+class AverageWeights:
+    """Handler of a trainer that takes each step's weights into their moving average.
 
     Args:
-        model: the network that is trained; its average is ``ema_model``.
-        momentum: above 0 and below 1.
-
-    Raises:
-        ValueError: when ``momentum`` is not.
+        averaged: the average; None does nothing.
+        network: the network in training.
     """
 
-    def __init__(self, model: nn.Module, momentum: float) -> None:
-        super().__init__(model, momentum, handle_buffers="update")
-        average, current = ([*net.parameters(), *net.buffers()] for net in (self.ema_model, self.model))
-        pairs = list(zip(average, current, strict=True))
-        self._weighed = tuple(zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True))
-        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+    def __init__(self, averaged: AveragedModel | None, network: nn.Module) -> None:
+        self.averaged = averaged
+        self.network = network
 
-    @torch.no_grad()
-    def _update_ema_model(self, engine: Engine, name: str) -> None:
-        get_ema_multi_avg_fn(1 - getattr(engine.state, name))(*self._weighed, 0)
-        for average, current in self._copied:
-            average.copy_(current)
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to a trainer."""
+        if self.averaged is not None:
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+
+    def _update(self, trainer: Trainer) -> None:
+        assert self.averaged is not None
+        self.averaged.update_parameters(self.network)
 
 
 class _Speed(Frequency):

@@ -1,12 +1,12 @@
 """Networks trained through a bundle's configs, by one recipe, and scored on its validation cases.
 
-    python tests/benchmarks/accuracy.py DATASET_DIR [--bundle fias_acdc] [--recipe modern] [--networks FIAS,DynUNet]
-        [--seeds 0,1] [--epochs 400] [--output_dir accuracy]
+    python tests/benchmarks/accuracy.py DATASET_DIR [--bundle fias_acdc] [--recipe recommended]
+        [--networks FIAS,DynUNet] [--seeds 0,1] [--epochs 400] [--output_dir accuracy]
 
-``paper`` is the bundle's own recipe, that of its network's paper. ``modern`` is its ``modern.json`` over it: AdamW with
-warm-up and cosine, larger batches, averaged weights, stronger augmentation, bfloat16 on a GPU. A peer takes the
-network's place by ``network_def`` alone; SwinUNETR needs ``pip install einops``. Any other word is an override of both
-configs, such as ``--image_size 224``; one of training alone goes in by ``--train "{'batch_size': 8}"``.
+``recommended`` is the bundle's ``train.json``, ``paper`` the recipe of its network's paper, ``paper.json`` over it. A
+peer takes the network's place by ``network_def`` alone; SwinUNETR needs ``pip install einops``. Any other word is an
+override of both configs, such as ``--image_size 224``; one of training alone goes in by
+``--train "{'batch_size': 8}"``.
 ``--first "{'epochs': 20, 'image_size': 128}"`` is what a training before it has otherwise, from whose weights it
 starts.
 
@@ -132,7 +132,7 @@ def run(
     Args:
         root: the training's folder.
         bundle: whose configs.
-        recipe: ``paper`` or ``modern``.
+        recipe: ``recommended`` or ``paper``.
         both: overrides of training and evaluation.
         training: overrides of the training alone.
         first: what a training before it has otherwise, from whose weights it starts; empty for none.
@@ -146,8 +146,8 @@ def run(
     """
     configs = ROOT / "bundles" / bundle / "configs"
     recipes = {
-        "paper": [configs / "train.json"],
-        "modern": [configs / "train.json", configs / "modern.json"],
+        "recommended": [configs / "train.json"],
+        "paper": [configs / "train.json", configs / "paper.json"],
     }
     options, before = {**both, **training}, {"slices": 0.0, "seconds": 0.0}
     if first:
@@ -166,7 +166,7 @@ def run(
 def main(
     dataset_dir: str,
     bundle: str = "fias_acdc",
-    recipe: str = "modern",
+    recipe: str = "recommended",
     networks: str | tuple[str, ...] = ("FIAS", "DANIE-S", "DANIE-L", "DynUNet", "AttentionUnet", "SwinUNETR"),
     seeds: int | tuple[int, ...] = 0,
     epochs: int = 400,
@@ -180,7 +180,7 @@ def main(
     Args:
         dataset_dir: the data.
         bundle: whose configs.
-        recipe: ``paper`` or ``modern``.
+        recipe: ``recommended`` or ``paper``.
         networks: names of the table above.
         seeds: each of them trains every network.
         epochs: of each training.

@@ -4,7 +4,7 @@
     python tests/benchmarks/gpu.py fias_acdc --dataset_dir acdc.tar --output_dir results --minutes 6
 
 Needs the packages, but neither a network nor an installation of this one. The steps are ``tests``, those marked gpu,
-``speed``, the tables of ``speed.py``, and ``training``, by the bundle's ``train.json`` with ``modern.json`` over it.
+``speed``, the tables of ``speed.py``, and ``training``, by the bundle's ``train.json``.
 None stops the next, and the exit status is 0 when all went well. ``--steps training`` does that alone; any word that
 is not below is an override of it, such as ``--image_size 192 --batch_size 32``. ``--device cpu`` rehearses all.
 
@@ -148,8 +148,8 @@ def main(
     tests = "-m pytest -m gpu -vv -rs --durations=5 --disable-warnings -p no:cacheprovider".split()
     tests.append("tests/bundles/test_gpu.py")
     tables = {"settings": "plain,prepared,bfloat16", "batches": "8,32", **(speed or {})}
-    configs = [str(ROOT / "bundles" / bundle / "configs" / name) for name in ("train.json", "modern.json")]
-    training = ["-m", "monai.bundle", "run", "--config_file", str(configs), "training"]
+    config = ROOT / "bundles" / bundle / "configs" / "train.json"
+    training = ["-m", "monai.bundle", "run", "--config_file", str(config), "training"]
     options = {"num_workers": os.cpu_count(), **overrides, "device": device}
     work = {
         "tests": lambda: python(tests, log, 60 * limit, device=device),

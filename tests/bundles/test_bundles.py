@@ -21,7 +21,6 @@ import pytest
 import torch
 from conftest import ROOT, bundle_runner, run, save_random
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems
@@ -30,11 +29,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks import FIAS
 from networks.data.layouts import cases
-from networks.engine.handlers import EMA
+from networks.engine import AverageWeights
+from networks.engine.checks import VALUES
 
 BUNDLES = sorted(p.parent.parent.name for p in (ROOT / "bundles").glob("*/configs/metadata.json"))
 SAMPLES = ["fias_acdc", "danie_glas"]
 ALIKE = ["danie_isic2017", "danie_synapse"]  # the network of one other bundle on the data of another
+
+
+EXPRESSIONS = {
+    *("name", "device", "labels", "network", "plain_network", "steps", "averaged", "record", "amp_dtype"),
+}
+"""Values of the configs that are no plain ones, or of any kind."""
 
 
 def quick(name: str, **more: object) -> dict[str, object]:
@@ -107,7 +113,7 @@ def test_training_leaves_checkpoints_history_and_events(trained):
     assert list((trained / "eval").glob("events.*"))
     with (trained / "eval" / "history.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["epoch"] == "1" and 0 < float(row["loss"]) < 20 and row["learning_rate"] == "0.0001"
+    assert row["epoch"] == "1" and 0 < float(row["loss"]) < 20 and float(row["learning_rate"]) < 5e-4
     log = (trained / "log.txt").read_text()
     shown = re.search(r"loss=[\d.]+, dice=(nan|[\d.]+), slices/s=([\d.]+)", log)
     assert shown and float(shown[2]) > 0
@@ -236,24 +242,24 @@ def test_other_values_than_the_training_s_are_refused(name, trained, configs, da
     options = {"bundle_root": tmp_path, "dataset_dir": data, **quick(name)}
     other = {
         "Resume with --image_size 32.": {"image_size": 64},
-        "with weight_decay 0.0001, this one has 0.": {"weight_decay": 0},
+        "with weight_decay 0.05, this one has 0.": {"weight_decay": 0},
     }
     for message, value in other.items():
         values = {**options, "epochs": 2, "resume": True, "pretrained": False, **value}
         result = run_bundle("training", f"{configs}/train.json", check=False, **values)
         assert result.returncode == 1 and message in result.stdout
-    needed = ("model.pt", "--field_of_view whole", "--intensity minmax")
+    needed = ("model.pt", "--field_of_view 224", '--intensity "percentiles 0.5 99.5"')
     values = {"field_of_view": 50, "intensity": "zscore"}
     result = run_bundle("inferring", f"{configs}/inference.json", check=False, **options, **values)
     assert result.returncode == 1 and all(option in result.stdout for option in needed)
-    advised = {"field_of_view": "whole", "intensity": "minmax", "output_dir": tmp_path}
+    advised = {"field_of_view": 224, "intensity": "percentiles 0.5 99.5", "output_dir": tmp_path}
     run_bundle("inferring", f"{configs}/inference.json", **options, **advised)
 
 
 @of_volumes
 def test_none_which_the_runner_drops_is_refused(name, configs, tmp_path):
     release = json.loads((configs / "train.json").read_text())
-    (tmp_path / "train.json").write_text(json.dumps({**release, "field_of_view": 224}))
+    (tmp_path / "train.json").write_text(json.dumps(release))
     for option in (["--field_of_view", "None"], ["--field_of_view=None"]):
         result = bundle_runner("run", "training", "--config_file", f"{tmp_path}/train.json", *option, check=False)
         assert result.returncode == 1 and "--field_of_view whole" in result.stdout
@@ -272,8 +278,8 @@ def test_outside_the_runner_weights_keep_what_they_are_trained_for(name, configs
         "in_channels": 1,
         "num_classes": 4,
         "image_size": 32,
-        "field_of_view": "whole",
-        "intensity": "minmax",
+        "field_of_view": 224,
+        "intensity": "percentiles 0.5 99.5",
     }
     parser["train"]["handlers"][0]["values"] = None
     parser.parse()
@@ -282,28 +288,43 @@ def test_outside_the_runner_weights_keep_what_they_are_trained_for(name, configs
 
 
 @samples
-def test_the_modern_recipe_saves_averaged_weights(name, trained, configs, data, run_bundle, tmp_path):
-    start = trained / "models" / "model.pt"
-    recipe = str([f"{configs}/train.json", f"{configs}/modern.json"])
-    options = {"bundle_root": tmp_path, "dataset_dir": data, "epochs": 2, "start_from": start}
-    run_bundle("training", recipe, **options, ema_momentum=1e-9, batch_size=6, **quick(name, pretrained=False))
-    before, after = (torch.load(file, weights_only=True) for file in (start, tmp_path / "models" / "model.pt"))
-    for key, value in before.items():
-        if value.is_floating_point():
-            torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-6)  # so slowly averaged, they stay
+def test_the_recommended_recipe_saves_averaged_weights(name, configs, data, run_bundle, tmp_path):
+    options = {"bundle_root": tmp_path, "dataset_dir": data, "epochs": 2}
+    train = f"{configs}/train.json"
+    run_bundle("training", train, **options, batch_size=6, **quick(name, pretrained=False))
+    last = torch.load(tmp_path / "models" / "last.ckpt", weights_only=True)
+    assert last["averaged_steps"] == last["trainer"]["iteration"]
+    assert any(not torch.equal(last["averaged"][key], value) for key, value in last["network"].items())
     with (tmp_path / "eval" / "history.csv").open() as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
     assert rates[0] == pytest.approx(2.5e-4, rel=0.2) and rates[1] == 0  # half of a cosine, and its end
     options = {**options, "epochs": 3, "resume": True, "batch_size": 6, **quick(name, pretrained=False)}
-    result = run_bundle("training", f"{configs}/train.json", check=False, **options)
+    result = run_bundle("training", train, check=False, average_weights=False, **options)
     assert result.returncode == 1
     assert "last.ckpt" in result.stdout and "averaged" in result.stdout
 
 
-def test_the_average_is_that_of_ignite():
-    """Also of a batch normalisation's statistics, whose count of batches is a whole number."""
+@samples
+def test_the_paper_s_recipe_is_laid_over_the_recommended_one(name, configs, data, run_bundle, tmp_path):
+    recipe = str([f"{configs}/train.json", f"{configs}/paper.json"])
+    options = {"bundle_root": tmp_path, "dataset_dir": data, "epochs": 1, **quick(name, pretrained=False)}
+    run_bundle("training", recipe, **options)
+    last = torch.load(tmp_path / "models" / "last.ckpt", weights_only=True)
+    assert "averaged" not in last and last["values"]["field_of_view"] == "whole"
+    (group,) = last["optimizer"]["param_groups"]
+    assert group["lr"] == group["weight_decay"] == 1e-4
+    values = ConfigParser.load_config_files([configs / "train.json", configs / "paper.json"])
+    assert values["optimizer"]["_target_"] == f"torch.optim.{'Adam' if name.startswith('fias') else 'AdamW'}"
+    assert values.get("size", "large") == "large" and values["image_size"] == 256
+
+
+def test_the_average_is_the_moving_average_of_all_steps():
+    """Also of a batch normalisation's statistics; the first step's weights begin it."""
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4))
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.7)
+    averaged = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    seen: list[dict[str, torch.Tensor]] = []
 
     def step(engine: Engine, image: torch.Tensor) -> None:
         optimizer.zero_grad()
@@ -311,21 +332,24 @@ def test_the_average_is_that_of_ignite():
         optimizer.step()
 
     trainer = Engine(step)
-    handlers = EMA(network, momentum=0.3), EMAHandler(network, momentum=0.3, handle_buffers="update")
-    for handler in handlers:
-        handler.attach(trainer, warn_if_exists=False)
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED,
+        lambda: seen.append({k: v.clone().double() for k, v in network.state_dict().items()}),
+    )
+    AverageWeights(averaged, network).attach(trainer)
     trainer.run(torch.randn(5, 2, 1, 8, 8))
-    ours, theirs = (handler.ema_model.state_dict() for handler in handlers)
-    torch.testing.assert_close(ours, theirs)
-    assert ours["1.num_batches_tracked"] == 5 and not torch.equal(ours["0.weight"], network[0].weight)
-    with pytest.raises(ValueError, match="Invalid momentum"):
-        EMA(network, momentum=1.0)
+    for key in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
+        expected = seen[0][key]
+        for state in seen[1:]:
+            expected = 0.7 * expected + 0.3 * state[key]
+        torch.testing.assert_close(averaged.module.state_dict()[key].double(), expected, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(averaged.module.state_dict()[key], network.state_dict()[key])
 
 
 @pytest.mark.parametrize("steps", [100, 500, 30000])
 @of_volumes
 def test_the_average_holds_nothing_of_the_initial_weights(name, configs, steps):
-    parser = ConfigParser({**ConfigParser.load_config_file(configs / "modern.json"), "steps": steps})
+    parser = ConfigParser({**ConfigParser.load_config_file(configs / "train.json"), "steps": steps})
     assert (1 - parser.get_parsed_content("ema_momentum")) ** steps < 1e-4
 
 
@@ -343,6 +367,7 @@ class Reads(TorchDispatchMode):
 def test_a_training_step_reads_nothing_from_the_device(name, configs, data, tmp_path):
     """But each tenth, for the progress bar and TensorBoard."""
     options = quick(name, bundle_root=str(tmp_path), dataset_dir=str(data), pretrained=False, batch_size=2)
+    options |= {"average_weights": False}  # whose number of steps torch reads, from the CPU
     workflow = ConfigWorkflow(f"{configs}/train.json", **{**options, "num_workers": 1, "epochs": 1})
     workflow.initialize()
     trainer, counts, reads = workflow.parser.get_parsed_content("train#trainer"), [], Reads()
@@ -601,24 +626,21 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
             assert a[key] == b[key], key
 
 
-def test_what_the_bundles_share_is_the_same_word_for_word(configs):
-    """Bundles differ in named values at the top, the network and its optimiser alone."""
-    own = (
-        "name dataset_dir layout suffixes ignore output_ext metrics pooled_metrics size in_channels num_classes "
-        "intensity epochs batch_size dice_weight ce_weight dropout zoom_range shift_range cache_validation pretrained "
-        "deep_supervision"
-    ).split()
+def test_the_configs_are_what_their_common_source_says():
+    run("bundles/configs.py", "--check")
 
-    def shared(file: Path) -> str:
-        text = re.sub(r'    "network_def": \{\n.*?\n    \},\n', "", file.read_text(), flags=re.S)
-        text = re.sub(r'"torch\.optim\.\w+"', "", text)
-        text = re.sub(r'(?s)    "trained": \{\n.*?\n    \},\n| +"size": "@size",\n', "", text)
-        return re.sub(rf'^    "({"|".join(own)})": .*\n', "", text, flags=re.M)
 
+def test_every_plain_value_has_a_schema(configs):
+    values = [
+        json.loads((configs / f"{file}.json").read_text()) for file in ("train", "paper", "evaluate", "inference")
+    ]
+    names = {name for config in values for name, value in config.items() if not isinstance(value, (dict, list))}
+    plain = {name for name in names if not name.startswith("_") and "#" not in name}
+    assert plain - set(VALUES) <= EXPRESSIONS
+
+
+def test_docs_and_metadata_have_the_same_parts_in_all_bundles(configs):
     first = ROOT / "bundles" / BUNDLES[0]
-    for file in sorted(configs.glob("*")):
-        if file.name != "metadata.json":
-            assert shared(file) == shared(first / "configs" / file.name), file
     assert (configs.parent / "LICENSE").read_bytes() == (first / "LICENSE").read_bytes()
 
     def sections(bundle: Path) -> list[str]:

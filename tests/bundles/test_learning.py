@@ -59,10 +59,10 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> list[float]:
 
 
 def train(name: str, data: Path, root: Path, **overrides: object) -> tuple[np.ndarray, np.ndarray]:
-    """Train by the bundle's ``train.json``; the validation's Dice of each class before and after."""
+    """Train by the recipe of the bundle's paper; the validation's Dice of each class before and after."""
     options = {"image_size": 64, "learning_rate": 1e-3, "seed": 0, **AUGMENTATION, **OPTIONS[name], **overrides}
     workflow = ConfigWorkflow(
-        str(ROOT / "bundles" / name / "configs" / "train.json"),
+        [str(ROOT / "bundles" / name / "configs" / file) for file in ("train.json", "paper.json")],
         logging_file=False,
         bundle_root=str(root),
         dataset_dir=str(data),

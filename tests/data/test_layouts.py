@@ -290,3 +290,26 @@ def test_patients_of_no_split_are_named(tmp_path, caplog):
     acdc(tmp_path)
     touch(*(tmp_path / "training" / "patient101" / f"patient101_frame01{end}.nii.gz" for end in ("", "_gt")))
     assert list(left_out(cases("acdc", tmp_path, "train"))) == ["patient101"] and "patient101" in caplog.text
+
+
+FRAMES = [f"patient{n:02d}_frame{f}" for n in range(10) for f in (1, 2)]
+
+
+def own_folder(root: Path, names: list[str]) -> Path:
+    touch(*(root / folder / f"{name}.nii.gz" for folder in ("images", "labels") for name in names))
+    return root
+
+
+def test_all_files_of_a_patient_go_into_one_split(tmp_path):
+    root = own_folder(tmp_path, FRAMES)
+    parts = {split: {case["id"].split("_")[0] for case in cases("folder", root, split)} for split in SPLITS}
+    assert sorted(map(len, parts.values())) == [1, 2, 7] and len(set.union(*parts.values())) == 10
+
+
+def test_a_pattern_says_what_a_patient_s_files_begin_with(tmp_path):
+    root = own_folder(tmp_path, [f"{scan}-{name}" for scan in "ab" for name in "uvwxyz"])
+    parts = {split: {case["id"][-1] for case in cases("folder", root, split, patient=".-(.)")} for split in SPLITS}
+    assert len(set.union(*parts.values())) == sum(map(len, parts.values())) == 6
+    for pattern, fact in {".": "patient", "(": r"'\('"}.items():
+        with pytest.raises(DataError, match=fact):
+            cases("folder", own_folder(tmp_path / "one", ["a1", "a2", "a3"]), "train", patient=pattern)

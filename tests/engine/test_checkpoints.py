@@ -24,7 +24,7 @@ from networks.engine.checkpoints import Checkpoints
 
 def train(root: str, data: str, resume: bool, recipe: str = "paper", **overrides: object) -> None:
     """Train FIAS in this process."""
-    names = ["train.json", "modern.json"] if recipe == "modern" else ["train.json"]
+    names = ["train.json", "paper.json"] if recipe == "paper" else ["train.json"]
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as on a command line
     workflow = ConfigWorkflow(
@@ -79,10 +79,11 @@ def kill(process: BaseProcess, models: Path, moment: float | None) -> None:
 
 
 def test_the_network_that_is_validated_is_the_one_that_is_saved(tmp_path):
-    network, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    network = torch.nn.Linear(1, 1)
+    average = torch.optim.swa_utils.AveragedModel(network)
     optimizer = torch.optim.SGD(network.parameters())
-    for validated, options in ((average, {}), (network, {"averaged": average})):
-        with pytest.raises(DataError, match="multi_gpu_train.json"):
+    for validated, options in ((average.module, {}), (network, {"averaged": average})):
+        with pytest.raises(DataError, match="model.pt"):
             Checkpoints(tmp_path, network, optimizer, SimpleNamespace(network=validated), **options)
 
 
@@ -123,7 +124,7 @@ def test_keeping_the_state_takes_a_twentieth_of_the_time(tmp_path, monkeypatch):
     ("recipe", "num_workers", "kills"),
     [
         ("paper", 0, 3),
-        ("modern", 0, 2),
+        ("recommended", 0, 2),
         pytest.param("paper", 0, 20, marks=pytest.mark.slow),
         pytest.param("paper", 2, 8, marks=pytest.mark.slow),
     ],
