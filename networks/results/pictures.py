@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from monai.data import MetaTensor
 from monai.transforms import Orientation
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..data.formats import PICTURES
 from ..data.readers import read_image
@@ -26,63 +29,80 @@ COLOURS = (
 )
 """RGB of the classes 1, 2, 3, ..., repeated from the ninth on."""
 
+_PALETTE = np.array([(0, 0, 0, 0), *((*COLOURS[i % len(COLOURS)], 255) for i in range(255))], np.uint8)
+"""RGB and opacity of the classes 0 to 255."""
 
-def overlay(image: np.ndarray, labels: Sequence[np.ndarray], alpha: float = 0.45) -> Image.Image:
-    """The image beside copies of itself under label maps, such as truth and prediction.
+_DPI = 100
+_FONT = 9  # points
+_LINE = 20  # pixels that a line of text takes
+_COLUMNS = 4  # of class names
+
+
+def overlay(
+    image: np.ndarray, labels: Mapping[str, np.ndarray], names: Sequence[str] = (), alpha: float = 0.45
+) -> Figure:
+    """The image beside copies of itself under label maps, with a title over each.
 
     Args:
         image: ``H, W``, any range, shown between its 1st and 99th percentile; or ``H, W, 3`` in 0 to 255.
-        labels: label maps ``H, W``, 0 stays clear.
+        labels: label maps ``H, W`` of whole numbers in 0 to 255 by their titles, such as truth and prediction; 0 stays
+            clear.
+        names: of the classes 1, 2, 3, ...; those that the label maps show are listed below in their colours.
         alpha: opacity of the colours.
 
     Returns:
-        An RGB picture, panels side by side, the short side at least 256 pixels.
+        Panels side by side. A pixel of the image is a square of n by n in the figure, n the greatest that keeps a panel
+        within 512 by 512.
     """
-    if image.ndim == 2:
-        low, high = np.percentile(image, (1, 99))
-        image = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None].repeat(3, 2) * 255
-    panels = [image]
-    for label in labels:
-        colour = np.array(COLOURS, dtype=float)[(label.astype(int) - 1) % len(COLOURS)]
-        panels.append(np.where(label[..., None] > 0, (1 - alpha) * image + alpha * colour, image))
-    picture = Image.fromarray(np.concatenate(panels, 1).astype(np.uint8))
-    scale = max(1, -(-256 // min(image.shape[:2])))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    seen = [n for n in range(1, len(names) + 1) if any((label == n).any() for label in labels.values())]
+    scale = max(1, 512 // max(image.shape[:2]))
+    height, width = image.shape[0] * scale, image.shape[1] * scale
+    below = _LINE * -(-len(seen) // _COLUMNS)
+    total = _LINE + height + below
+    panels = 1 + len(labels)
+    figure = Figure(figsize=(panels * width / _DPI, total / _DPI), dpi=_DPI)
+    low, high = np.percentile(image, (1, 99))  # matplotlib ignores them where the image has colours
+    image = image if image.ndim == 2 else image.astype(np.uint8)
+    for panel, (title, label) in enumerate([("image", None), *labels.items()]):
+        # Placed by hand: a layout of matplotlib's leaves margins, and pixels of unequal size.
+        axes = figure.add_axes((panel / panels, below / total, 1 / panels, height / total))
+        axes.set_axis_off()
+        axes.set_title(title, fontsize=_FONT, pad=4)
+        axes.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest", aspect="auto")
+        if label is not None:
+            axes.imshow(_PALETTE[label], alpha=alpha, interpolation="nearest", aspect="auto")
+    if seen:
+        _list_classes(figure, {n: names[n - 1] for n in seen})
+    return figure
 
 
-def curves(history: Sequence[Mapping[str, str]], width: int = 480, height: int = 300) -> Image.Image:
+def _list_classes(figure: Figure, names: Mapping[int, str]) -> None:
+    """Names of classes, each beside its colour, at the foot of a figure."""
+    handles = [
+        Patch(color=_PALETTE[n] / 255, label=name.replace("$", r"\$"))  # else matplotlib reads formulas between dollars
+        for n, name in names.items()
+    ]
+    figure.legend(handles=handles, loc="lower center", ncols=_COLUMNS, fontsize=_FONT, borderaxespad=0, frameon=False)
+
+
+def curves(history: Sequence[Mapping[str, str]]) -> Figure:
     """Training loss and validation score by epoch, side by side.
 
     Args:
-        history: rows of ``history.csv``, one or more.
-        width: of each plot, in pixels.
-        height: of both.
+        history: rows of ``history.csv``, one or more. Where an epoch has no value, there is no point.
 
     Returns:
-        An RGB picture ``2 * width`` by ``height``.
+        960 by 300 pixels.
     """
-    picture = Image.new("RGB", (2 * width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    for plot, column in enumerate(("loss", "score")):
-        points = [(int(row["epoch"]), float(row[column])) for row in history if row[column] not in ("", "nan")]
-        left, right, top, bottom = plot * width + 60, (plot + 1) * width - 15, 30, height - 35
-        draw.text((left, 8), {"loss": "training loss", "score": "validation score"}[column], fill="black")
-        draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
-        if not points:
-            continue
-        epochs, values = zip(*points, strict=True)
-        low, high = min(values), max(values)
-        span = (high - low) or 1.0
-        across = (right - left) / max(epochs[-1] - 1, 1)
-        line = [(left + (e - 1) * across, bottom - (v - low) / span * (bottom - top)) for e, v in points]
-        draw.line(line, fill=COLOURS[2], width=2)
-        for x, y in line if len(line) < 40 else line[-1:]:
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=COLOURS[2])
-        for y, value in ((top, high), (bottom, low)):
-            draw.text((plot * width + 8, y - 6), f"{value:.3f}", fill="black")
-        draw.text((left, bottom + 8), "epoch 1", fill="black")
-        draw.text((right - 30, bottom + 8), str(epochs[-1]), fill="black")
-    return picture
+    epochs = int(history[-1]["epoch"])
+    figure = Figure(figsize=(960 / _DPI, 300 / _DPI), dpi=_DPI, layout="constrained")
+    for place, (column, title) in enumerate({"loss": "training loss", "score": "validation score"}.items(), 1):
+        rows = [row for row in history if row[column]]
+        axes = figure.add_subplot(1, 2, place)
+        axes.plot([int(row["epoch"]) for row in rows], [float(row[column]) for row in rows], ".-")
+        axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
 
 
 def read_slice(file: str, axis: int, index: int) -> np.ndarray:
@@ -122,7 +142,7 @@ def upright(volume: MetaTensor) -> np.ndarray:
 def label_picture(label: np.ndarray) -> Image.Image:
     """A label map ``H, W`` as a picture whose values are the classes and whose palette shows them in colours."""
     picture = Image.fromarray(label.astype(np.uint8)).convert("P")
-    picture.putpalette([0, 0, 0, *(channel for i in range(255) for channel in COLOURS[i % len(COLOURS)])])
+    picture.putpalette(_PALETTE[:, :3].tobytes())
     return picture
 
 

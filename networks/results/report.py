@@ -33,9 +33,9 @@ class Report:
 
     Writes ``cases.csv`` (all metrics per case and class), ``summary.md`` (means in the layout of the papers' tables,
     then Dice per case), ``worst.png``, ``median.png``, ``best.png`` (image, truth and prediction on the slice with
-    most foreground), and ``curves.png`` where training left its ``history.csv``. Predictions and labels must be label
-    maps on the image file's own grid, as the bundles' postprocessing leaves them. With several processes the cases of
-    all are gathered.
+    most foreground, and the classes' names), and ``curves.png`` where training left its ``history.csv``. Predictions
+    and labels must be label maps on the image file's own grid, as the bundles' postprocessing leaves them. With several
+    processes the cases of all are gathered.
 
     Args:
         output_dir: where to write.
@@ -83,16 +83,17 @@ class Report:
         scores = details[self.metric]
         first = sum(_counts(len(self._names))[: idist.get_rank()])
         names = string_list_all_gather(self._names)
+        classes = scores.shape[1]
+        labels = self.labels if len(self.labels) == classes else [f"class {i + 1}" for i in range(classes)]
         order = scores.nanmean(1).nan_to_num(-1).argsort().tolist()
         for picture, case in {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}.items():
             if first <= case < first + len(self._views):
                 file, axis, index, truth, pred = self._views[case - first]
                 with whole_file(self.output_dir / f"{picture}.png") as name:
-                    overlay(thin(read_slice(file, axis, index)), [truth.T, pred.T]).save(name)
+                    panels = {"truth": truth.T, "prediction": pred.T}
+                    overlay(thin(read_slice(file, axis, index)), panels, labels).savefig(name)
         if idist.get_rank() != 0:
             return
-        classes = scores.shape[1]
-        labels = self.labels if len(self.labels) == classes else [f"class {i + 1}" for i in range(classes)]
         pooled = {n: v for n, v in evaluator.state.metrics.items() if n.startswith("val_pooled_")}
         summary = summary_table(details, labels, self.convention, pooled)
         table = f"{summary}\n\n{case_table(scores, names, labels)}\n"
@@ -105,7 +106,7 @@ class Report:
         history = read_history(self.output_dir / "history.csv")
         if history:
             with whole_file(self.output_dir / "curves.png") as name:
-                curves(history).save(name)
+                curves(history).savefig(name)
         logger.info(f"{self.output_dir / 'summary.md'}, cases.csv and pictures\n\n{table}")
 
 
@@ -137,7 +138,7 @@ class Overlays:
             image = thin(read_slice(_file(case), axis, index))
             folder = self.output_dir / Path(_file(case)).relative_to(self.data_root_dir).parent
             with whole_file(folder / f"{_name(case)}_overlay.png") as name:
-                overlay(image, [thin(pred.take(index, axis)).T]).save(name)
+                overlay(image, {"prediction": thin(pred.take(index, axis)).T}).savefig(name)
 
 
 def summary_table(

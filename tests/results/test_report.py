@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from networks.results.pictures import COLOURS, curves, overlay, read_slice, thin
 from networks.results.report import case_table, summary_table
@@ -37,24 +40,54 @@ def test_case_table_has_a_row_per_case():
     assert table[2:] == ["| a | 50.00 | 100.00 | 75.00 |", "| b | nan | 25.00 | 25.00 |"]
 
 
-def test_overlay_colours_labels_and_keeps_the_rest():
+def drawn(figure: Figure, tmp_path: Path) -> np.ndarray:
+    """A figure's pixels ``H, W, 3`` as people see them."""
+    figure.savefig(tmp_path / "figure.png")
+    return np.asarray(Image.open(tmp_path / "figure.png").convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("names", [(), ("liver", "spleen"), [f"organ {n}" for n in range(1, 10)]])
+def test_overlay_shows_each_pixel_as_a_square_in_its_class_s_colour(names, tmp_path):
+    rng = np.random.default_rng(0)
+    image, label = rng.integers(0, 256, (10, 20, 3)).astype(float), np.zeros((10, 20), np.uint8)
+    label[:5], label[5] = 2, 9
+    figure = overlay(image, {"truth": label}, names, alpha=1.0)
+    assert [axes.get_title() for axes in figure.axes] == ["image", "truth"]
+    truth = np.where(label[..., None] == 0, image, COLOURS[1])
+    truth[5] = COLOURS[0]  # the ninth class has the first one's
+    scale = 512 // 20
+    expected = np.concatenate([image, truth], 1).repeat(scale, 0).repeat(scale, 1)
+    top = 20  # the line of titles
+    assert np.array_equal(drawn(figure, tmp_path)[top : top + len(expected)], expected)
+
+
+def test_overlay_lists_the_classes_it_shows():
     label = np.zeros((10, 20), np.uint8)
-    label[:5] = 2
-    picture = np.asarray(overlay(np.full((10, 20, 3), 100.0), [label], alpha=1.0))
-    scale = picture.shape[0] // 10
-    assert picture.shape == (10 * scale, 40 * scale, 3) and min(picture.shape[:2]) >= 256
-    assert tuple(picture[0, 0]) == (100, 100, 100) and tuple(picture[0, -1]) == COLOURS[1]
-    assert tuple(picture[-1, -1]) == (100, 100, 100)
-    gray = np.asarray(overlay(np.arange(200.0).reshape(10, 20), [label]))
-    assert gray[0, 0].tolist() == [0, 0, 0]
+    label[0], label[1] = 1, 3
+    maps = {"truth": np.where(label == 1, 0, label), "prediction": label}
+    (legend,) = overlay(label, maps, ["liver", "spleen", "$x^{2$"]).legends
+    listed = {t.get_text(): h.get_facecolor()[:3] for t, h in zip(legend.texts, legend.legend_handles, strict=True)}
+    assert list(listed) == ["liver", r"\$x^{2\$"]  # no formula, which would end in an error
+    assert [np.round(np.multiply(colour, 255)).tolist() for colour in listed.values()] == [[*COLOURS[0]], [*COLOURS[2]]]
+    assert not overlay(label, maps).legends and not overlay(label, {"truth": label * 0}, ["liver"]).legends
 
 
-def test_curves_draw_any_history():
+def test_overlay_shows_gray_values_between_their_percentiles(tmp_path):
+    pixels = drawn(overlay(np.arange(200.0).reshape(10, 20) - 5000, {}), tmp_path)[20:]
+    assert pixels[0, 0].tolist() == [0, 0, 0] and pixels[-1, -1].tolist() == [255, 255, 255]
+    red, green, blue = pixels[5 * 25, 0]  # half way
+    assert red == green == blue and 120 < red < 135
+
+
+@pytest.mark.parametrize("score", ["", "nan", "0.75"])
+def test_curves_draw_any_history(score, tmp_path):
     row = {"epoch": "1", "loss": "0.5", "score": "", "learning_rate": "1e-4"}
-    for history in ([row], [row, {**row, "epoch": "2", "loss": "0.25", "score": "0.75"}]):
-        picture = np.asarray(curves(history))
-        assert picture.shape == (300, 960, 3)
-        assert (picture == COLOURS[2]).all(2).any()
+    for history in ([row], [row, {**row, "epoch": "2", "loss": "0.25", "score": score}]):
+        figure = curves(history)
+        assert drawn(figure, tmp_path).shape == (300, 960, 3)
+        (loss,), (scores,) = (axes.lines for axes in figure.axes)
+        assert loss.get_xydata().tolist() == [[1, 0.5], [2, 0.25]][: len(history)]
+    assert np.array_equal(scores.get_xydata(), [[2, float(score)]] if score else np.empty((0, 2)), equal_nan=True)
 
 
 def test_pictures_of_large_images_are_thinned():
@@ -64,8 +97,6 @@ def test_pictures_of_large_images_are_thinned():
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_a_picture_is_read_as_people_see_it(tmp_path, suffix):
-    from PIL import Image
-
     image = np.zeros((16, 32, 3), np.uint8)
     image[:, 16:] = (0, 0, 255)
     Image.fromarray(image).save(tmp_path / f"image{suffix}", quality=100)
