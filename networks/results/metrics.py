@@ -1,10 +1,10 @@
 """Scores of label maps per case and class, with a stated answer where a structure is absent.
 
 MONAI computes the figures; what it lacks is a rule for absent structures: its NaN leaves means, its infinity spoils
-them. Two conventions, per case and class:
+them. Two conventions, per case and class; in the strict one a structure that is missed or invented counts:
 
 ===================  ======================  ===================================
-structure is in      sound (the default)     papers (TransUNet's code, after it both papers)
+structure is in      strict (the default)    paper (TransUNet's code, after it both papers)
 ===================  ======================  ===================================
 truth and prediction the figure, in mm       the figure, in voxels
 truth only           overlap 0, distance D   overlap 0, distance 0
@@ -16,7 +16,7 @@ D is the diagonal of the image in millimetres, more than any distance in it: mis
 and never drops out of it. Overlap is Dice and IoU, distance HD95 and ASD. Sensitivity is undefined without the
 structure, specificity without anything else, in both conventions.
 
-HD95 is the greater of the two directed 95th percentiles (MONAI), ASD the mean over both surfaces (MONAI). The papers'
+HD95 is the greater of the two directed 95th percentiles (MONAI), ASD the mean over both surfaces (MONAI). The paper
 convention pools both directions' distances before taking the percentile, and averages the two directed means, as
 medpy does in their code.
 """
@@ -55,7 +55,7 @@ OVERLAPS = {
 
 DISTANCES = ("hd95", "asd")
 
-CONVENTIONS = ("sound", "papers")
+CONVENTIONS = ("strict", "paper")
 
 
 class CaseMetric(CumulativeIterationMetric):
@@ -65,7 +65,7 @@ class CaseMetric(CumulativeIterationMetric):
         name: ``"dice"``, ``"iou"``, ``"sensitivity"``, ``"specificity"``, ``"accuracy"`` (0 to 1), ``"hd95"`` or
             ``"asd"`` (millimetres where the image's header has them, else voxels).
         num_classes: classes, background included.
-        convention: ``"sound"`` or ``"papers"``, see the module.
+        convention: ``"strict"``, where a structure that is missed or invented counts, or ``"paper"``; see the module.
 
     Shape:
         label maps ``B, 1, X, Y, Z`` or a list of ``1, X, Y, Z``, prediction first, to ``B, num_classes - 1`` with NaN
@@ -75,19 +75,19 @@ class CaseMetric(CumulativeIterationMetric):
         ValueError: on an unknown name or convention.
     """
 
-    def __init__(self, name: str, num_classes: int, convention: str = "sound") -> None:
+    def __init__(self, name: str, num_classes: int, convention: str = "strict") -> None:
         super().__init__()
         check_option("metric", name, (*OVERLAPS, *DISTANCES))
         check_option("convention", convention, CONVENTIONS)
         self.name = name
         self.num_classes = num_classes
-        self.papers = convention == "papers"
+        self.paper = convention == "paper"
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **kwargs: Any) -> Tensor:
         assert y is not None
         scores = []
         for pred, truth in zip(y_pred, y, strict=True):
-            spacing = None if self.papers else _spacing(truth)
+            spacing = None if self.paper else _spacing(truth)
             pairs = [(_plain(pred) == c, _plain(truth) == c) for c in range(1, self.num_classes)]
             scores.append([self._score(p, t, spacing) for p, t in pairs])
         return torch.tensor(scores, dtype=torch.float64)
@@ -99,14 +99,14 @@ class CaseMetric(CumulativeIterationMetric):
         distance = self.name in DISTANCES
         if in_pred and in_truth:
             return self._distance(pred, truth, spacing) if distance else _overlap(self.name, _counts(pred, truth))
-        if self.papers:
+        if self.paper:
             return float(in_pred and not distance)
         if not in_pred and not in_truth:
             return float("nan")
         return _diagonal(truth.shape[1:], spacing) if distance else 0.0
 
     def _distance(self, pred: Tensor, truth: Tensor, spacing: list[float] | None) -> float:
-        if self.papers:
+        if self.paper:
             edges = get_mask_edges(pred[0].cpu().numpy(), truth[0].cpu().numpy())
             ways = [get_surface_distance(a, b) for a, b in (edges, edges[::-1])]
             pooled = np.percentile(np.concatenate(ways), 95)
@@ -157,14 +157,14 @@ class PooledMetric(CumulativeIterationMetric):
 
 
 def metric_handlers(
-    names: Sequence[str], num_classes: int, convention: str = "sound", pooled: Sequence[str] = ()
+    names: Sequence[str], num_classes: int, convention: str = "strict", pooled: Sequence[str] = ()
 ) -> dict[str, IgniteMetricHandler]:
     """Handlers for an evaluator's ``key_val_metric`` or ``additional_metrics``, on its ``pred`` and ``label``.
 
     Args:
         names: metrics per case, see :class:`CaseMetric`.
         num_classes: classes, background included.
-        convention: ``"sound"`` or ``"papers"``.
+        convention: ``"strict"`` or ``"paper"``.
         pooled: metrics over all pixels together, see :class:`PooledMetric`; no convention applies to them.
 
     Returns:

@@ -41,7 +41,8 @@ class Report:
         output_dir: where to write.
         labels: class names by index, such as the metadata's ``channel_def``; index 0 is background. Or a list of them
             without it. Of another number of classes than scored, the names are ``class 1`` and so on.
-        convention: of the metrics, ``"sound"`` or ``"papers"``; see :mod:`networks.results.metrics`.
+        convention: of the metrics, ``"strict"``, where a structure that is missed or invented counts, or ``"paper"``;
+            see :mod:`networks.results.metrics`.
         metric: name of the evaluator's metric with details per case that orders the cases.
     """
 
@@ -49,7 +50,7 @@ class Report:
         self,
         output_dir: str | Path,
         labels: Mapping[str, str] | Sequence[str],
-        convention: str = "sound",
+        convention: str = "strict",
         metric: str = "val_mean_dice",
     ) -> None:
         self.output_dir = Path(output_dir)
@@ -149,7 +150,7 @@ def summary_table(
     Args:
         details: scores ``cases, classes`` by the metric's name; NaN where undefined.
         labels: names of the classes.
-        convention: ``"sound"`` or ``"papers"``, for units and the line below.
+        convention: ``"strict"`` or ``"paper"``, for units and the line below.
         pooled: scores over all pixels together, by name.
 
     Returns:
@@ -167,9 +168,9 @@ def summary_table(
         lines.append(f"| {title} over all pixels, % | {100 * value:.2f} |{' |' * len(labels)}")
     cases = len(next(iter(details.values())))
     rule = {
-        "sound": "A missed or invented structure counts 0 and the image's diagonal; one that is in neither truth nor "
-        "prediction is undefined.",
-        "papers": "The papers' convention: voxels; an invented structure counts Dice 1 and distance 0, one that is not "
+        "strict": "Strict: a missed or invented structure counts 0 and the image's diagonal; one that is in neither "
+        "truth nor prediction is undefined.",
+        "paper": "As the papers' code: voxels; an invented structure counts Dice 1 and distance 0, one that is not "
         "predicted 0 and 0.",
     }
     return "\n".join([*lines, "", f"{cases} cases, mean ± standard deviation. {rule[convention]}"])
@@ -231,7 +232,7 @@ def _title(metric: str) -> str:
 
 def _unit(metric: str, convention: str) -> tuple[str, float]:
     if metric.removeprefix("val_") in DISTANCES:
-        return ("mm" if convention == "sound" else "voxels"), 1.0
+        return ("mm" if convention == "strict" else "voxels"), 1.0
     return "%", 100.0
 
 

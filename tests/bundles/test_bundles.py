@@ -172,8 +172,8 @@ def test_evaluation_over_the_training_config_gives_the_same(name, trained, confi
     table = (trained / "eval" / "summary.md").read_text(encoding="utf-8").strip()
     assert table in alone
     assert table in run_bundle("run", f"['{configs}/train.json','{configs}/evaluate.json']", **arguments).stdout
-    papers = run_bundle("evaluating", f"{configs}/evaluate.json", convention="papers", **arguments).stdout
-    assert "The papers' convention: voxels" in papers
+    paper = run_bundle("evaluating", f"{configs}/evaluate.json", convention="paper", **arguments).stdout
+    assert "| HD95, voxels |" in paper and "| HD95, mm |" not in paper
 
 
 @of_volumes

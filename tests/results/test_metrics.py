@@ -37,13 +37,13 @@ MOVED = (slice(1, 4), slice(3, 5), slice(1, 2))  # one voxel further along y: 3 
 def test_a_case_counted_by_hand():
     # The moved box: 3 of 6 + 6 voxels in common. Half of each surface is 0 away from the other, half one voxel.
     pred, truth = label_map(MOVED), label_map(BOX)
-    sound, papers = scores("sound", pred, truth), scores("papers", pred, truth)
-    assert sound["dice"] == papers["dice"] == [pytest.approx(6 / 12)]
-    assert sound["iou"] == papers["iou"] == [pytest.approx(3 / 9)]
-    assert sound["hd95"] == [2.0] and papers["hd95"] == [1.0]  # 2 mm along y, one voxel
-    assert sound["asd"] == [1.0] and papers["asd"] == [0.5]
+    strict, paper = scores("strict", pred, truth), scores("paper", pred, truth)
+    assert strict["dice"] == paper["dice"] == [pytest.approx(6 / 12)]
+    assert strict["iou"] == paper["iou"] == [pytest.approx(3 / 9)]
+    assert strict["hd95"] == [2.0] and paper["hd95"] == [1.0]  # 2 mm along y, one voxel
+    assert strict["asd"] == [1.0] and paper["asd"] == [0.5]
     both = f"{'':14}" + "".join(f"{n:>8}" for n in NAMES)
-    print(f"\n{both}\nsound (mm)    {_row(sound)}\npapers (voxel){_row(papers)}")
+    print(f"\n{both}\nstrict (mm)   {_row(strict)}\npaper (voxel) {_row(paper)}")
 
 
 def _row(found: dict[str, list[float]]) -> str:
@@ -51,16 +51,16 @@ def _row(found: dict[str, list[float]]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("pred", "truth", "sound", "papers"),
+    ("pred", "truth", "strict", "paper"),
     [
         (None, BOX, (0, 0, "D", "D"), (0, 0, 0, 0)),  # missed: never better than any hit, never left out
         (BOX, None, (0, 0, "D", "D"), (1, 1, 0, 0)),  # invented
         (None, None, ("nan",) * 4, (0, 0, 0, 0)),
     ],
 )
-def test_absent_structures_count_as_the_convention_says(pred, truth, sound, papers):
+def test_absent_structures_count_as_the_convention_says(pred, truth, strict, paper):
     diagonal = math.sqrt((8 * 1) ** 2 + (8 * 2) ** 2 + (4 * 3) ** 2)
-    for convention, expected in (("sound", sound), ("papers", papers)):
+    for convention, expected in (("strict", strict), ("paper", paper)):
         found = scores(convention, label_map(pred), label_map(truth))
         for name, value in zip(NAMES, expected, strict=True):
             value = {"D": diagonal, "nan": math.nan}.get(value, value)
@@ -93,7 +93,7 @@ def test_figures_are_monai_s_where_monai_has_one():
     for p in (pred, truth):
         p.affine = torch.diag(torch.tensor([*SPACING, 1.0], dtype=torch.float64))
     both = torch.stack([pred.as_tensor()]).float(), torch.stack([truth.as_tensor()]).float()
-    assert scores("sound", pred, truth) == {
+    assert scores("strict", pred, truth) == {
         "dice": [pytest.approx(DiceMetric()(*both).item())],
         "iou": [pytest.approx(MeanIoU()(*both).item())],
         "hd95": [pytest.approx(HausdorffDistanceMetric(percentile=95)(*both, spacing=list(SPACING)).item())],
@@ -111,7 +111,7 @@ def test_distances_of_one_slice_are_those_of_its_outlines(axis):
     affine = torch.diag(torch.tensor([*spacing, 1.0]))
     pred, truth = (MetaTensor(disc.unsqueeze(axis + 1).float(), affine=affine) for disc in discs)
     both = [disc[None].float() for disc in discs]
-    found = scores("sound", pred, truth)
+    found = scores("strict", pred, truth)
     distance = HausdorffDistanceMetric(percentile=95)(*both, spacing=[2.0, 3.0]).item()
     assert found["hd95"] == [pytest.approx(distance)] and 19 < distance < 23
     assert found["asd"] == [pytest.approx(SurfaceDistanceMetric(symmetric=True)(*both, spacing=[2.0, 3.0]).item())]
@@ -125,7 +125,7 @@ def test_the_papers_distances_pool_both_directions():
         surfaces = [m ^ binary_erosion(m) for m in (a, b)]
         ways.append(distance_transform_edt(~surfaces[1])[surfaces[0]])
     maps = [MetaTensor(torch.from_numpy(m[None]).float(), affine=torch.eye(4) * 5) for m in (pred, truth)]
-    found = scores("papers", *maps)
+    found = scores("paper", *maps)
     assert found["hd95"] == [pytest.approx(np.percentile(np.concatenate(ways), 95))]
     assert found["asd"] == [pytest.approx((ways[0].mean() + ways[1].mean()) / 2)]
 
@@ -153,5 +153,6 @@ def test_handlers_carry_their_names_and_unknown_metrics_are_refused():
     assert list(metric_handlers([], 2, pooled=["dice"])) == ["val_pooled_dice"]
     with pytest.raises(ValueError, match="metric.*'hd95'.*'hausdorff'"):
         metric_handlers(["hausdorff"], 2)
-    with pytest.raises(ValueError, match="convention.*'sound', 'papers'.*'monai'"):
-        metric_handlers(["dice"], 2, "monai")
+    for name in ("monai", "sound", "papers"):
+        with pytest.raises(ValueError, match=f"convention.*'strict', 'paper'.*'{name}'"):
+            metric_handlers(["dice"], 2, name)

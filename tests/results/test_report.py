@@ -22,16 +22,17 @@ def test_summary_counts_by_hand():
         "val_mean_dice": torch.tensor([[0.8, 0.6], [0.6, NAN], [1.0, 0.2]]),
         "val_hd95": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
     }
-    table = summary_table(details, ["liver", "spleen"], "sound", {"val_pooled_dice": 0.75}).splitlines()
+    table = summary_table(details, ["liver", "spleen"], "strict", {"val_pooled_dice": 0.75}).splitlines()
     assert table[0] == "| metric | mean | liver | spleen |"
     # Dice: classes' means 80 and 40, their mean 60; cases' means 70, 60, 60 deviate by sqrt(200 / 9).
     assert table[2] == "| Dice, % | 60.00 ± 4.71 (1 undefined) | 80.00 ± 16.33 | 40.00 ± 20.00 (1 undefined) |"
     assert table[3] == "| HD95, mm | 3.50 ± 1.63 | 3.00 ± 1.63 | 4.00 ± 1.63 |"
     assert table[4] == "| Dice over all pixels, % | 75.00 | | |"
-    assert table[-1].startswith("3 cases, mean ± standard deviation. A missed or invented structure counts 0")
-    papers = summary_table(details, ["liver", "spleen"], "papers")
-    assert "| HD95, voxels |" in papers and "an invented structure counts Dice 1" in papers
-    nothing = summary_table({"val_mean_dice": torch.tensor([[NAN]])}, ["liver"], "sound")
+    assert table[-1].startswith("3 cases")
+    paper = summary_table(details, ["liver", "spleen"], "paper").splitlines()
+    assert paper[2] == table[2] and paper[3] == table[3].replace("mm", "voxels")
+    assert paper[-1] != table[-1]  # the rule for absent structures
+    nothing = summary_table({"val_mean_dice": torch.tensor([[NAN]])}, ["liver"], "strict")
     assert "| Dice, % | undefined (1 undefined) | undefined (1 undefined) |" in nothing
 
 
