@@ -236,7 +236,7 @@ class ContextAwareFusion(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         stacked = torch.cat(features, 1)
         average = self.channel_avg(F.adaptive_avg_pool2d(stacked, 1))  # before the convolution: equal, and cheaper
-        maximum = F.adaptive_max_pool2d(self.channel_max(stacked), 1)
+        maximum = self.channel_max(stacked).amax((2, 3), keepdim=True)
         w_ch = torch.sigmoid(self.channel(torch.cat([average, maximum], 1)))  # eq. 3
         fused = self.reduce(w_ch * stacked)  # eq. 4
         summary = torch.zeros_like(fused[:, :1])
