@@ -89,8 +89,7 @@ def load_weights(module: nn.Module, path: str | Path, values: Mapping[str, Any] 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"No weights at {path}. Train them with this bundle's train.json, download a released bundle, "
-            "or name a file by --weights."
+            f"No weights at {path}. Train the network first, or get its weights, or name another file."
         )
     check_values(path, {"network": type(module).__name__, **(values or {})})
     load_state_dict(module, read_weights(path), source=str(path))
@@ -186,9 +185,7 @@ def load_matching(network: nn.Module, path: str | Path) -> None:
     if not str(path):
         return
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"No weights at {path} to start from. Name others by --start_from, or none: --start_from ''."
-        )
+        raise FileNotFoundError(f"No weights at {path} to start from. Name another file, or none.")
     from monai.networks.utils import copy_model_state  # MONAI takes seconds, for which no network should wait
 
     network = getattr(network, "module", network)

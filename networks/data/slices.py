@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,25 @@ __all__ = ["SliceDataset", "VolumeDataset"]
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def _data_errors(case: Any) -> Iterator[None]:
-    """Let a :class:`DataError` through as itself: MONAI wraps it as ``applying transform <object at ...>``.
+class PlainErrors(Compose):
+    """:class:`monai.transforms.Compose` that ends on the :class:`DataError` of a transform, not on MONAI's wrapping.
 
-    One is made of a lack of memory, which names no file.
+    Raises:
+        DataError: the one that a transform raised; or when memory does not suffice, naming the image.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        cause = beginning(error)
-        if isinstance(cause, DataError):
-            raise cause from None
-        if lacks_memory(cause):
-            raise DataError(f"{case['image']} does not fit into memory. Crop or split it first. ({cause})") from error
-        raise
+
+    def __call__(self, input_: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        try:
+            return super().__call__(input_, *args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            cause = beginning(error)
+            if isinstance(cause, DataError):
+                raise cause from None
+            if lacks_memory(cause):
+                raise DataError(
+                    f"{input_['image']} does not fit into memory. Crop or split it first. ({cause})"
+                ) from error
+            raise
 
 
 class VolumeDataset(CacheDataset):
@@ -60,41 +63,34 @@ class VolumeDataset(CacheDataset):
         num_workers: int = 1,
     ) -> None:
         super().__init__(
-            data, transform, cache_rate=float(cache), num_workers=num_workers, copy_cache=False, progress=False
+            data,
+            PlainErrors(transform),
+            cache_rate=float(cache),
+            num_workers=num_workers,
+            copy_cache=False,
+            progress=False,
         )
 
     def _fill_cache(self, indices: Sequence[int] | None = None) -> list[Any]:
         # MONAI's pool does not wait for its threads when an item fails; one still inside torch when the interpreter
-        # exits aborts the process.
+        # exits aborts the process. No public way gives the dataset another pool; a wrong image in training tests it.
         pool = ThreadPoolExecutor(self.num_workers)
         try:
             return list(pool.map(self._load_cache_item, range(self.cache_num) if indices is None else indices))
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _load_cache_item(self, idx: int) -> Any:
-        with _data_errors(self.data[idx]):
-            return super()._load_cache_item(idx)
-
-    def _transform(self, index: int) -> Any:
-        with _data_errors(self.data[index]):
-            return super()._transform(index)
-
 
 class _StoredVolumeDataset(PersistentDataset):
     """One item per volume, kept on disk until its files or the transforms change; errors name the file."""
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Compose, cache_dir: str | Path) -> None:
-        super().__init__(data, transform, cache_dir, hash_func=self._state, hash_transform=pickle_hashing)
+        super().__init__(data, PlainErrors(transform), cache_dir, hash_func=self._state, hash_transform=pickle_hashing)
 
     @staticmethod
     def _state(case: Mapping[str, Any]) -> bytes:
         files = [Path(value) for value in case.values() if isinstance(value, (str, Path))]
         return pickle_hashing({**case, "_changed": [file.stat().st_mtime_ns for file in files if file.exists()]})
-
-    def _cachecheck(self, item_transformed: Any) -> Any:
-        with _data_errors(item_transformed):
-            return super()._cachecheck(item_transformed)
 
 
 class SliceDataset(Dataset, Randomizable):

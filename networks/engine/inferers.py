@@ -110,4 +110,6 @@ def has_bfloat16(device: torch.device | str) -> bool:
     """Whether a device has instructions for bfloat16: a GPU from Ampere on, a CPU with AVX512_BF16 or AMX."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.10
+        return False
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -266,7 +266,7 @@ RUNS = {
         lambda d: {"layout": "datalist", "dataset_dir": str(text(d / "data.json"))},
         ["data.json"],
     ),
-    "missing weights": ("inference", lambda d: {"ckpt_dir": str(d)}, ["model.pt", "train.json"]),
+    "missing weights": ("inference", lambda d: {"ckpt_dir": str(d)}, ["model.pt", "Train"]),
     "shipped weights that are missing": (
         "inference",
         lambda d: {"ckpt_dir": str(text(d / "pretrained.json").parent)},
@@ -291,7 +291,7 @@ RUNS = {
     ),
     "weights of another network": ("inference", lambda d: {"ckpt_dir": other_weights(d)}, ["model.pt", "FIAS"]),
     "nothing to resume": ("train", lambda d: {"resume": True}, ["last.ckpt", "--resume"]),
-    "weights to start from missing": ("train", lambda d: {"start_from": f"{d}/a.pt"}, ["a.pt", "--start_from"]),
+    "weights to start from missing": ("train", lambda d: {"start_from": f"{d}/a.pt"}, ["a.pt", "start"]),
     "misspelt override": ("train", lambda d: {"epoch": 5}, ["epoch.", "epochs"]),
     "unknown override": ("inference", lambda d: {"colour": 5}, ["colour"]),
     "text for a number": ("train", lambda d: {"epochs": "ten"}, ["epochs", "'ten'"]),

@@ -104,6 +104,7 @@ def infer(tmp_path):
         parser.read_meta(ROOT / "bundles/fias_acdc/configs/metadata.json")
         parser.update({"dataset_dir": str(folder), "output_dir": str(tmp_path / "out"), "image_size": 64})
         parser.update({"ckpt_dir": str(tmp_path)})  # no weights, whose values would be those of the run
+        parser.update({"field_of_view": "whole", "intensity": "minmax"})
         parser.update({"network": ByIntensity(), "device": torch.device("cpu"), "bfloat16": False, **values})
         parser.get_parsed_content("evaluator").run()
         return tmp_path / "out"
@@ -267,9 +268,8 @@ def test_bfloat16_is_taken_where_asked_or_there(monkeypatch):
         return torch.cat([x, 1 - x], 1)
 
     assert LabelInferer((32, 32), bfloat16=True)(torch.zeros(1, 1, 32, 32, 2), network).all()
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     for there in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=there: there)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda there=there: {"amx_bf16": there}, raising=False)
         assert has_bfloat16("cpu") == there
     with pytest.raises(AssertionError):
         LabelInferer((32, 32))(torch.zeros(1, 1, 32, 32, 2), network)
