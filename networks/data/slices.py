@@ -64,7 +64,7 @@ class VolumeDataset(CacheDataset):
     ) -> None:
         super().__init__(
             data,
-            PlainErrors(transform),
+            PlainErrors(Compose(transform).flatten().transforms),
             cache_rate=float(cache),
             num_workers=num_workers,
             copy_cache=False,
@@ -85,7 +85,13 @@ class _StoredVolumeDataset(PersistentDataset):
     """One item per volume, kept on disk until its files or the transforms change; errors name the file."""
 
     def __init__(self, data: Sequence[Mapping[str, Any]], transform: Compose, cache_dir: str | Path) -> None:
-        super().__init__(data, PlainErrors(transform), cache_dir, hash_func=self._state, hash_transform=pickle_hashing)
+        super().__init__(
+            data,
+            PlainErrors(Compose(transform).flatten().transforms),
+            cache_dir,
+            hash_func=self._state,
+            hash_transform=pickle_hashing,
+        )
 
     @staticmethod
     def _state(case: Mapping[str, Any]) -> bytes:
