@@ -40,6 +40,48 @@ ORGANS = {
 }
 """Raw BTCV label: centre and radii of an ellipsoid in mm (left, back, up), and its Hounsfield units."""
 
+ANATOMY = {
+    "field of view": (160, 185),
+    "turn": (0, 0.8),
+    "aside": (4, 14),
+    "below": (-8, 2),
+    "skin": (6, 14),
+    "fat": (1.5, 4),
+    "radius": (23, 27),
+    "wall": (7.5, 10),
+    "depth": (32, 40),
+    "systole": (0.61, 0.69),
+    "coil": (2.4, 3.9),
+    "bias": (0.1, 0.3),
+}
+"""What differs between ACDC's patients, each drawn between two values: lengths in mm, angles in radians.
+
+``aside`` and ``below`` place the left ventricle in the picture; ``turn`` moves the right one from its left to above it.
+``radius`` and ``wall`` are the left ventricle's at end-diastole, ``depth`` the right one's; ``systole`` is what remains
+of the radius at end-systole. ``fat`` lies around the heart. Signal grows towards the ``coil``, by ``bias`` in 100 mm.
+"""
+
+SIGNAL = {
+    "skin": 260,
+    "chest wall": 65,
+    "ribs": 150,
+    "lungs": 22,
+    "lung vessels": 170,
+    "diaphragm": 250,
+    "liver": 80,
+    "liver vessels": 120,
+    "spine": 100,
+    "aortic wall": 60,
+    "aorta": 205,
+    "epicardial fat": 235,
+    "right wall": 70,
+    "right ventricle": 180,
+    "myocardium": 65,
+    "left ventricle": 215,
+    "papillary muscles": 80,
+}
+"""Signal of each structure in bright-blood cine MR: fat is brightest, then blood, then muscle and liver, then lung."""
+
 
 def acdc(output_dir: str, size: int = 96, slices: int = 6, seed: int = 0) -> None:
     """Short-axis cardiac MR in the layout of the ACDC challenge: 12 patients at end-diastole and end-systole.
@@ -61,61 +103,102 @@ def acdc(output_dir: str, size: int = 96, slices: int = 6, seed: int = 0) -> Non
 
 def _acdc_patient(folder: Path, size: int, slices: int, rng: np.random.Generator) -> None:
     folder.mkdir(parents=True)
-    spacing = (1.5 * 96 / size * rng.uniform(0.9, 1.1),) * 2 + (rng.choice([8.0, 10.0]),)
-    heart = {
-        "centre": rng.uniform(-8, 8, 2),
-        "radius": rng.uniform(22, 27),
-        "wall": rng.uniform(7, 10),
-        "angle": rng.uniform(-0.5, 0.5),
-        "flatness": rng.uniform(0.9, 1.1),
-    }
-    frames = {"ED": (1, 1.0), "ES": (int(rng.integers(9, 14)), rng.uniform(0.62, 0.78))}
-    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    body = {name: rng.uniform(*limits) for name, limits in ANATOMY.items()}
+    pixel, thickness = body["field of view"] / size, rng.choice([8.0, 10.0])
+
+    def speckle(width: float) -> np.ndarray:
+        """Smooth noise of mean 0 and deviation 1; its spots are some ``width`` mm wide."""
+        noise = gaussian_filter(rng.normal(size=(size, size, slices)), (width / pixel, width / pixel, 0.4))
+        return noise / noise.std()
+
+    axis = (np.arange(size) - size / 2 + 0.5) * pixel
+    x, y, z = np.meshgrid(axis, axis, (np.arange(slices) + 0.5) / slices, indexing="ij")
+    cos, sin = np.cos(body["turn"]), np.sin(body["turn"])
+    x, y = cos * x + sin * y - body["aside"], cos * y - sin * x - body["below"]
+    x, y = x + 1.5 * speckle(14), y + 1.5 * speckle(14)  # nobody is made of ellipses
+    chest = _chest(x, y, z, body, speckle(2.2))
+    sensitivity = np.exp(body["bias"] * (np.cos(body["coil"]) * x + np.sin(body["coil"]) * y) / 100)
+    sensitivity *= 1 + 0.06 * speckle(3)  # the texture of tissue, and of flowing blood
+    frames = {"ED": (1, 1.0), "ES": (int(rng.integers(9, 14)), body["systole"])}
     for frame, contraction in frames.values():
-        labels = _short_axis(heart, contraction, size, slices, spacing)
-        image = _mr_contrast(labels, spacing, rng)
-        name = f"{folder.name}_frame{frame:02d}"
-        for suffix, data in (("", image), ("_gt", labels.astype(np.uint8))):
-            volume = nib.Nifti1Image(data, affine)
+        heart = _heart(x, y, z, body, contraction)
+        labels = np.zeros(x.shape, np.uint8)
+        for label, name in enumerate(("right ventricle", "myocardium", "left ventricle"), 1):
+            labels[heart[name] > 0] = label
+        image = np.zeros(x.shape)
+        for name, depth in (chest | heart).items():
+            image += (SIGNAL[name] - image) * np.clip(depth / 2 + 0.5, 0, 1)  # a border of 2 mm belongs to both sides
+        image = gaussian_filter(image * sensitivity, (0.5, 0.5, 0))
+        noise = rng.normal(scale=5, size=(2, *image.shape))
+        image = np.hypot(image + noise[0], noise[1])  # Rician: the magnitude of a complex signal
+        for suffix, data in (("", image.astype(np.int16)), ("_gt", labels)):
+            volume = nib.Nifti1Image(data, np.diag([-pixel, -pixel, thickness, 1.0]))
             volume.header.set_xyzt_units("mm", "sec")
-            nib.save(volume, folder / f"{name}{suffix}.nii.gz")
+            nib.save(volume, folder / f"{folder.name}_frame{frame:02d}{suffix}.nii.gz")
     lines = {"ED": frames["ED"][0], "ES": frames["ES"][0], "Group": "NOR", "Height": 175, "NbFrame": 30, "Weight": 75}
     (folder / "Info.cfg").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
 
 
-def _short_axis(heart: dict, contraction: float, size: int, slices: int, spacing: tuple[float, ...]) -> np.ndarray:
-    """Labels of one phase, ``X, Y, Z``: 1 right ventricle, 2 myocardium, 3 left ventricle, all lengths in mm."""
-    axis = (np.arange(size) - size / 2 + 0.5) * spacing[0]
-    x, y = np.meshgrid(axis - heart["centre"][0], axis - heart["centre"][1], indexing="ij")
-    cos, sin = np.cos(heart["angle"]), np.sin(heart["angle"])
-    x, y = cos * x + sin * y, cos * y - sin * x
-    labels = np.zeros((size, size, slices))
-    for z in range(slices):
-        taper = np.sqrt(1 - 0.8 * ((z + 0.5) / slices) ** 2)  # base wide, apex narrow
-        cavity = heart["radius"] * taper * contraction
-        wall = heart["wall"] * (1 + 0.9 * (1 - contraction))  # the wall thickens as the cavity empties
-        left = np.hypot(x * heart["flatness"], y)
-        right = np.hypot((x + cavity + 0.75 * wall) / 0.95, y / 1.45)
-        labels[right < cavity + 4, z] = 1
-        labels[left < cavity + wall, z] = 2
-        labels[left < cavity, z] = 3
-    return labels
+def _chest(
+    x: np.ndarray, y: np.ndarray, z: np.ndarray, body: dict[str, float], spots: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What lies around the heart: how deep in it each point is, in mm, of each structure, in the order to paint them.
+
+    Args:
+        x: mm from the left ventricle's middle, away from the right one.
+        y: mm from there towards the diaphragm.
+        z: 0 at the base, 1 at the apex.
+        body: values drawn from ``ANATOMY``.
+        spots: noise whose peaks are vessels.
+    """
+    trunk = _ellipse(x - 42 - 8 * z, y - 12, 139, 118 - 12 * z)
+    wall = trunk - body["skin"]
+    lungs = wall - 10
+    liver = np.minimum(lungs, _ellipse(x + 38, y - 128 + 22 * z, 118, 72))
+    return {
+        "skin": trunk,
+        "chest wall": wall,
+        "ribs": np.minimum(2.5 - abs(wall - 5), 8 * np.cos(9 * np.arctan2(y - 12, x - 42)) - 4),
+        "lungs": lungs,
+        "lung vessels": np.minimum(lungs - 4, 3 * (spots - 2)),
+        "diaphragm": liver + 2.5,  # its fat, that is
+        "liver": liver,
+        "liver vessels": np.minimum(liver - 6, 3 * (spots - 1.7)),
+        "spine": _ellipse(x - 80, y - 68, 25, 21),
+        "aortic wall": _ellipse(x - 50, y - 54, 13, 13),
+        "aorta": _ellipse(x - 50, y - 54, 11, 11),
+    }
 
 
-def _mr_contrast(labels: np.ndarray, spacing: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """A bright-blood image of the labels: body, lungs, papillary texture, bias field, blur and Rician noise."""
-    size = labels.shape[0]
-    axis = (np.arange(size) - size / 2) * spacing[0]
-    x, y = np.meshgrid(axis, axis, indexing="ij")
-    body = np.hypot(x / 68, y / 62) < 1
-    lung = (np.hypot((x - 42) / 20, (y - 8) / 34) < 1) | (np.hypot((x + 58) / 14, (y - 12) / 30) < 1)
-    tissue = np.where(body, np.where(lung, 40.0, 170.0), 8.0) + 200 * gaussian_filter(rng.normal(size=(size, size)), 3)
-    image = np.repeat(tissue[..., None], labels.shape[2], 2)
-    for value, signal in {1: rng.uniform(280, 330), 2: rng.uniform(90, 130), 3: rng.uniform(290, 340)}.items():
-        image[labels == value] = signal
-    image = gaussian_filter(image, (0.8, 0.8, 0)) * (1 + 0.25 * np.sin(x / 90 + rng.uniform(0, 6)))[..., None]
-    noise = rng.normal(scale=12, size=(2, *image.shape))
-    return np.hypot(image + noise[0], noise[1]).astype(np.int16)
+def _heart(
+    x: np.ndarray, y: np.ndarray, z: np.ndarray, body: dict[str, float], contraction: float
+) -> dict[str, np.ndarray]:
+    """The heart, as ``_chest``, when ``contraction`` is what remains of the left ventricle's radius."""
+    radius = body["radius"] * np.sqrt(1 - 0.85 * z**2)  # base wide, apex narrow
+    cavity = radius * contraction
+    # The wall thickens as the cavity empties: muscle keeps its volume.
+    outer = np.sqrt((radius + body["wall"] * (1 - 0.3 * z)) ** 2 - radius**2 + cavity**2)
+    left = _ellipse(x, y, outer, outer)
+    # The right ventricle is what the left one leaves of an ellipse between these two distances: a crescent.
+    near, far = 0.1 * outer, outer + body["depth"] * (1 - 0.9 * z**1.5) * (0.2 + 0.8 * contraction)
+    right = _ellipse(x + (near + far) / 2, y + 0.2 * x, (far - near) / 2, 0.72 * (far - near))
+    papillary = [
+        _ellipse(x - 0.68 * cavity * np.cos(angle), y - 0.68 * cavity * np.sin(angle), 0.2 * cavity, 0.2 * cavity)
+        for angle in (-0.9, 1.4)
+    ]
+    return {
+        "epicardial fat": np.maximum(left, right + 3) + body["fat"] * (1 - x / 60),  # less towards the left lung
+        "right wall": right + 3,
+        "right ventricle": right,
+        "myocardium": left,
+        "left ventricle": _ellipse(x, y, cavity, cavity),
+        "papillary muscles": np.where(abs(z - 0.5) < 0.3, np.maximum(*papillary), -9),  # ACDC counts them as cavity
+    }
+
+
+def _ellipse(x: np.ndarray, y: np.ndarray, width: np.ndarray | float, height: np.ndarray | float) -> np.ndarray:
+    """How many mm, about, each point lies within an ellipse about the origin of these half axes; below 0 outside."""
+    return (1 - np.hypot(x / width, y / height)) * np.minimum(width, height)
 
 
 def btcv(output_dir: str, size: int = 96, slices: int = 12, seed: int = 0) -> None:
