@@ -9,8 +9,8 @@ text between the two marks in README.md, and in the card of each bundle with wei
 
 Names in ``eval_metrics`` carry their units. Dice and IoU are fractions, ``_mm`` are millimetres, ``_mb`` are millions
 of bytes, ``_points`` are percentage points. ``test_`` and ``validation_`` are the bundle's splits, ``official_test_``
-is ACDC's official test set. With ``patients`` or ``images`` they say how many there were. ``mean_dice`` is the test Dice
-again, under the name that MONAI's tools use.
+is ACDC's official test set. With ``patients`` or ``images`` they say how many there were. ``mean_dice`` is the test
+Dice again, under the name that MONAI's tools use.
 """
 
 from __future__ import annotations
