@@ -18,23 +18,19 @@ from .workflow import running_workflow
 __all__ = ["record_run"]
 
 
-def record_run(output_dir: str | Path, name: str, *cases: Sequence[Mapping[str, Any]]) -> Path:
+def record_run(record: str | Path, *cases: Sequence[Mapping[str, Any]]) -> None:
     """Keep what a bundle's run is made of beside its results.
 
-    ``NAME.json`` is the config with all overrides, which runs again by ``--config_file``, with the versions of
+    The record is the config with all overrides, which runs again by ``--config_file``, with the versions of
     all packages, the git revision of this code and the machine under ``_run_``. It is written anew only when
-    one of them changes, so results that are newer come from it. ``NAME_cases.json`` lists the data: under ``cases``
-    what the run takes, under ``left_out`` what it found beside them and why it leaves that out.
+    one of them changes, so results that are newer come from it. Beside ``NAME.json``, ``NAME_cases.json`` lists the
+    data: under ``cases`` what the run takes, under ``left_out`` what it found beside them and why it leaves that out.
 
     Args:
-        output_dir: where to write; with several processes, the first one writes.
-        name: of the run.
+        record: the file to write; with several processes, the first one writes.
         cases: the data, one list or more; :class:`networks.data.folders.Cases` know what was left out.
-
-    Returns:
-        Path of ``NAME.json``.
     """
-    folder = Path(output_dir)
+    target = Path(record)
     workflow = running_workflow()
     config: dict[str, Any] = {}
     if workflow is not None:
@@ -54,13 +50,11 @@ def record_run(output_dir: str | Path, name: str, *cases: Sequence[Mapping[str, 
         "python": platform.python_version(),
         "packages": dict(sorted({d.name: d.version for d in distributions() if d.name}.items())),  # none: half removed
     }
-    target = folder / f"{name}.json"
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         left_out = {entry["file"]: entry for found in cases for entry in getattr(found, "left_out", [])}
         data = {"cases": [case for found in cases for case in found], "left_out": list(left_out.values())}
-        _write(folder / f"{name}_cases.json", data)
+        _write(target.with_name(f"{target.stem}_cases.json"), data)
         _write(target, config)
-    return target
 
 
 def _write(file: Path, content: Any) -> None:

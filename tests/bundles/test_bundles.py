@@ -38,7 +38,7 @@ ALIKE = ["danie_isic2017", "danie_synapse"]  # the network of one other bundle o
 
 
 EXPRESSIONS = {
-    *("name", "device", "labels", "network", "plain_network", "steps", "averaged", "record", "amp_dtype"),
+    *("name", "device", "labels", "network", "plain_network", "steps", "averaged", "amp_dtype"),
 }
 """Values of the configs that are no plain ones, or of any kind."""
 
@@ -162,7 +162,7 @@ def test_inference_writes_each_image_s_label_map_on_its_grid(
 def test_run_names_the_one_entry_of_each_config(configs):
     for file, run_id in {"train": "training", "evaluate": "evaluating", "inference": "inferring"}.items():
         config = json.loads((configs / f"{file}.json").read_text())
-        assert config["run"] == [f"$@{run_id}"] and config[run_id][0] == "$@record"
+        assert config["run"] == [f"$@{run_id}"] and f"/{run_id}.json" in config[run_id][0]
 
 
 @of_volumes
@@ -620,7 +620,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     for a, b in ((train, evaluate), (evaluate, inference)):
         for key in a.keys() & b.keys() - {
             *("network_def", "network", "initialize", "run", "num_workers", "imports"),
-            *("preprocessing", "postprocessing", "cases", "record", "dataset", "handlers", "evaluator"),
+            *("preprocessing", "postprocessing", "cases", "dataset", "handlers", "evaluator"),
             *train["trained_for"],
         }:
             assert a[key] == b[key], key
