@@ -34,8 +34,8 @@ one network, not that it is the authors' own:
 from __future__ import annotations
 
 import math
-import warnings
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["MOST_CLASSES", "MOST_VALUES", "PICTURES", "SERIES", "UNREAD", "VOLUMES"]
+__all__ = ["MOST_CLASSES", "MOST_VALUES", "NIFTI", "OF_ITK", "PICTURES", "SERIES", "UNREAD", "VOLUMES"]
 
-VOLUMES = (".nii.gz", ".nii")
+NIFTI = (".nii.gz", ".nii")
+
+OF_ITK = (".nrrd", ".mha", ".mhd")
+"""Volumes that ITK reads: MONAI Label converts segmentations from a DICOM server to the first."""
+
+VOLUMES = (*NIFTI, *OF_ITK)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 
 SERIES = ".dcm"
 """Among the endings of image files, stands for folders of DICOM files, whatever their names: each is one image."""
 
-UNREAD = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr", ".img", ".tif", ".tiff", ".gif", ".webp", ".svs")
+UNREAD = (".nhdr", ".mgz", ".mgh", ".hdr", ".img", ".tif", ".tiff", ".gif", ".webp", ".svs")
 """Endings of images in formats that are not read."""
 
 MOST_VALUES = 2**31

@@ -14,8 +14,8 @@ from monai.transforms import MapTransform
 
 from ..errors import DataError, beginning, lacks_memory
 from .dicom import holds_all_frames
-from .formats import MOST_VALUES, PICTURES, SERIES, VOLUMES
-from .readers import load_nifti, read_image
+from .formats import MOST_VALUES, NIFTI, PICTURES, SERIES, VOLUMES
+from .readers import file_of, itk_shape, load_nifti, read_image
 
 __all__ = ["LoadVolumed"]
 
@@ -24,6 +24,7 @@ class LoadVolumed(MapTransform):
     """Load images with the channel first, and check that each file is one usable volume.
 
     A picture (JPEG, PNG, BMP) is loaded as a volume of one slice, a folder of DICOM files as the volume of its series.
+    An image that is loaded already, as MONAI Deploy hands it over, is checked alike.
 
     Args:
         keys: keys of the file names.
@@ -33,7 +34,8 @@ class LoadVolumed(MapTransform):
 
     Shape:
         file names to ``MetaTensor`` of ``channels, X, Y, Z`` in the file's own axes; a fourth NIfTI dimension of
-        length ``channels`` becomes the channel. Of a picture, X goes to the right, Y down, and Z is 1.
+        length ``channels`` becomes the channel. Of a picture, X goes to the right, Y down, and Z is 1. A ``MetaTensor``
+        in memory is ``X, Y, Z`` of one channel, or ``channels, X, Y, Z``, of any type.
 
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
@@ -61,6 +63,9 @@ class LoadVolumed(MapTransform):
         return d
 
     def _load(self, file: Any) -> MetaTensor:
+        if isinstance(file, MetaTensor):
+            volume = file.float()  # of whole numbers there are no percentiles
+            return self._checked(volume[None] if volume.ndim == 3 else volume, file_of(file))
         if isinstance(file, (list, tuple)):
             raise DataError(
                 f"{', '.join(map(str, file))}: several files for one image. Write their channels into one file, "
@@ -83,6 +88,10 @@ class LoadVolumed(MapTransform):
                 )
             volume = volume[..., None]
             volume.spatial_ndim = 3  # else the inverse of Resize takes the axis away again
+        return self._checked(volume, file)
+
+    def _checked(self, volume: Any, file: Any) -> MetaTensor:
+        """A volume that can be used."""
         shape = list(volume.shape)
         if volume.ndim != 4 or shape[0] != self.channels:
             raise DataError(
@@ -130,12 +139,15 @@ def _reading(file: Any, error: Exception) -> Exception:
 
 def _check_header(file: Any) -> None:
     """Before the content is unpacked: a few bytes may become more than any memory."""
-    header: Any = load_nifti(file)
-    shape, dtype = list(header.shape), header.get_data_dtype()
+    if str(file).lower().endswith(NIFTI):
+        header: Any = load_nifti(file)
+        shape, dtype = list(header.shape), header.get_data_dtype()
+        if dtype.kind not in "iuf":
+            kind = "colours" if dtype.fields else f"values of type {dtype}"
+            raise DataError(f"{file} holds {kind}, expected one real number per voxel. Convert it first.")
+    else:
+        shape = itk_shape(file)
     if 0 in shape:
         raise DataError(f"{file} is empty: shape {shape}. Export it again.")
     if math.prod(shape) > MOST_VALUES:
         raise DataError(f"{file} has shape {shape}, more than {MOST_VALUES} values. Crop or split it first.")
-    if dtype.kind not in "iuf":
-        kind = "colours" if dtype.fields else f"values of type {dtype}"
-        raise DataError(f"{file} holds {kind}, expected one real number per voxel. Convert it first.")

@@ -14,23 +14,23 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from monai.config import PathLike
-from monai.data import ImageReader, MetaTensor, NibabelReader, PILReader
+from monai.data import ImageReader, ITKReader, MetaTensor, NibabelReader, PILReader
 from monai.transforms import EnsureChannelFirst
 from monai.utils import ensure_tuple
 from PIL import Image, ImageOps
 
 from ..errors import DataError
 from .dicom import SeriesReader
-from .formats import PICTURES, VOLUMES
+from .formats import NIFTI, OF_ITK, PICTURES
 
-__all__ = ["NiftiReader", "PictureReader", "load_nifti", "read_image"]
+__all__ = ["NiftiReader", "PictureReader", "file_of", "itk_shape", "load_nifti", "read_image"]
 
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}
 """By NIfTI's code of the unit: metres, millimetres, microns. Any other is taken for millimetres."""
 
 
 def read_image(file: str | Path) -> Any:
-    """An image as its file holds it: a NIfTI file, a picture, or a folder of DICOM files.
+    """An image as its file holds it: NIfTI, NRRD or MetaImage, a picture, or a folder of DICOM files.
 
     MONAI's ``LoadImage`` would try each reader that it knows, and warn of those that lack a package.
 
@@ -45,9 +45,9 @@ def read_image(file: str | Path) -> Any:
         DataError: when the file is none of these, or one of DICOM's or Pillow's refusals.
         Exception: those of the readers for a file that cannot be read.
     """
-    kinds: dict[type[ImageReader], tuple[str, ...]] = {PictureReader: PICTURES, NiftiReader: VOLUMES}
+    kinds: dict[type[ImageReader], tuple[str, ...]] = {PictureReader: PICTURES, NiftiReader: NIFTI, ITKReader: OF_ITK}
     fitting = (kind for kind, endings in kinds.items() if str(file).lower().endswith(endings))
-    reader = (SeriesReader if Path(file).is_dir() else next(fitting, SeriesReader))()  # a series alone needs ITK
+    reader = (SeriesReader if Path(file).is_dir() else next(fitting, SeriesReader))()
     values, meta = reader.get_data(reader.read(file))
     meta["filename_or_obj"] = str(file)
     image: Any = MetaTensor.ensure_torch_and_prune_meta(np.asarray(values, np.float32), meta)
@@ -171,3 +171,25 @@ class PictureReader(PILReader):
 def file_of(volume: Any) -> str:
     """The file that a loaded volume came from; of an array it is ``array``."""
     return str(volume.meta.get("filename_or_obj", "array"))
+
+
+def itk_shape(file: PathLike) -> list[int]:
+    """The shape of an image that ITK reads, from its header alone.
+
+    Args:
+        file: its name.
+
+    Returns:
+        Length of each axis.
+
+    Raises:
+        DataError: when the file is of no format that ITK knows.
+    """
+    import itk  # takes a second, which NIfTI files and pictures need not wait for
+
+    reader = itk.ImageIOFactory.CreateImageIO(str(file), itk.CommonEnums.IOFileMode_ReadMode)
+    if reader is None:
+        raise DataError(f"{file} is of another format, for all its name. Convert it first.")
+    reader.SetFileName(str(file))
+    reader.ReadImageInformation()
+    return [reader.GetDimensions(axis) for axis in range(reader.GetNumberOfDimensions())]

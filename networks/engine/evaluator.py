@@ -14,7 +14,7 @@ from monai.utils import ensure_tuple, string_list_all_gather
 
 from ..data.loading import LoadVolumed
 from ..errors import DataError, WriteError, beginning
-from ..results.label_maps import SaveLabelMapd
+from ..results.label_maps import SaveImageLabelMapd
 
 __all__ = ["CaseEvaluator", "unfinished"]
 
@@ -91,7 +91,7 @@ class CaseEvaluator(SupervisedEvaluator):
 
 def unfinished(
     cases: Sequence[Mapping[str, Any]],
-    saver: SaveLabelMapd,
+    saver: SaveImageLabelMapd,
     newer_than: Sequence[str | Path],
     overlay: bool = False,
     resume: bool = True,

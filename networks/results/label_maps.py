@@ -16,12 +16,12 @@ from monai.transforms import SaveImage, SaveImaged
 from monai.utils import get_equivalent_dtype
 
 from ..data.folders import folder_of
-from ..data.formats import PICTURES, SERIES, VOLUMES
+from ..data.formats import NIFTI, PICTURES, SERIES
 from ..data.readers import file_of, load_nifti
 from ..storage import whole_file
 from .pictures import label_picture
 
-__all__ = ["LabelMapWriter", "SaveLabelMapd"]
+__all__ = ["LabelMapWriter", "SaveImageLabelMapd"]
 
 
 class LabelMapWriter(NibabelWriter):
@@ -44,7 +44,7 @@ class LabelMapWriter(NibabelWriter):
         image: Any = None
         if target.suffix == ".png":
             image = label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T)
-        elif self.source.lower().endswith(VOLUMES) and not Path(self.source).is_dir():
+        elif self.source.lower().endswith(NIFTI) and not Path(self.source).is_dir():
             image = self._like(load_nifti(self.source))
         with whole_file(target) as name:
             if image is None:
@@ -67,8 +67,10 @@ class LabelMapWriter(NibabelWriter):
         return image
 
 
-class SaveLabelMapd(SaveImaged):
+class SaveImageLabelMapd(SaveImaged):
     """:class:`monai.transforms.SaveImaged` for label maps: ``NAME_seg`` by :class:`LabelMapWriter`.
+
+    ``SaveImage`` in its name tells MONAI Deploy to leave it out.
 
     Args:
         keys: keys of the label maps, ``1, X, Y, Z`` on the image file's grid.

@@ -19,7 +19,7 @@ from networks import DataError
 from networks.data.folders import image_files
 from networks.data.geometry import FieldOfViewd, SliceOrientationd
 from networks.data.loading import LoadVolumed
-from networks.results.label_maps import SaveLabelMapd
+from networks.results.label_maps import SaveImageLabelMapd
 
 SPACING = (0.8, 0.7, 2.5)
 ORIGIN = (-10.0, 20.0, -30.0)
@@ -75,7 +75,7 @@ def test_a_series_is_one_volume_in_its_own_geometry(tmp_path):
 def test_a_label_map_of_a_series_lies_on_it_for_itk(field_of_view, tmp_path):
     write_series(tmp_path / "in" / "A" / "1.2.3")
     write_series(tmp_path / "in" / "A" / "1.2.4", uid="1.9")
-    save = SaveLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "in")
+    save = SaveImageLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "in")
     prepare = Compose([LoadVolumed("image"), SliceOrientationd("image"), FieldOfViewd("image", field_of_view)])
     for case in image_files(tmp_path / "in"):
         save(prepare.inverse(prepare(case)))
@@ -90,7 +90,7 @@ def test_a_label_map_of_a_series_lies_on_it_for_itk(field_of_view, tmp_path):
 
 def test_what_is_saved_of_the_folder_itself_stays_in_the_output_folder(tmp_path):
     (tmp_path / "ct").mkdir()
-    saver = SaveLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "ct")
+    saver = SaveImageLabelMapd("image", tmp_path / "out", data_root_dir=tmp_path / "ct")
     assert saver.target(tmp_path / "ct") == tmp_path / "out" / "ct_seg.nii.gz"
 
 

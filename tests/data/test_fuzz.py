@@ -25,7 +25,7 @@ from networks.data.geometry import SliceOrientationd
 from networks.data.loading import LoadVolumed
 from networks.data.slices import VolumeDataset
 from networks.engine.inferers import LabelInferer
-from networks.results.label_maps import SaveLabelMapd
+from networks.results.label_maps import SaveImageLabelMapd
 from networks.results.metrics import CaseMetric
 
 DTYPES = [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64]
@@ -57,7 +57,7 @@ def segment(file: Path, output_dir: Path) -> Path:
     case = VolumeDataset([{"image": str(file)}], PREPARE)[0]
     image = case["image"]
     case["pred"] = LabelInferer(image.shape[1:3])(image[None], nearest_class)[0]
-    saver = SaveLabelMapd("pred", output_dir)
+    saver = SaveImageLabelMapd("pred", output_dir)
     saver(Invertd("pred", PREPARE, "image", nearest_interp=True)(case))
     return saver.target(file)
 

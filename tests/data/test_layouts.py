@@ -239,7 +239,7 @@ def left_out(found: Cases) -> dict[str, str]:
 
 def test_images_that_are_left_out_are_counted_and_named(tmp_path, caplog):
     taken = ("a.nii.gz", ".hidden.nii.gz", "notes.txt", ".trash/b.nii.gz")
-    others = ("a_gt.nii.gz", "b_gt.nii.gz", "a.mha", "a.nrrd", "photo.jpg", "gone.nii.gz")
+    others = ("a_gt.nii.gz", "b_gt.nii.gz", "a.nhdr", "a.mgz", "photo.jpg", "gone.nii.gz")
     touch(*(tmp_path / name for name in (*taken, *others[:-1])))
     (tmp_path / "gone.nii.gz").symlink_to("elsewhere.nii.gz")
     found = image_files(tmp_path, ignore=["*_gt.nii*"])
@@ -265,11 +265,11 @@ def test_own_files_are_found_in_capitals_and_the_system_s_own_are_none(tmp_path,
     for n in range(4):
         touch(tmp_path / "images" / f"IMG_{n}.JPG", tmp_path / "labels" / f"IMG_{n}.PNG")
         touch(tmp_path / "images" / f"._IMG_{n}.JPG", tmp_path / "labels" / f"._IMG_{n}.PNG")
-    touch(tmp_path / "images" / "scan.NII.GZ", tmp_path / "labels" / "scan.Nii.gz", tmp_path / "images" / "x.mha")
+    touch(tmp_path / "images" / "scan.NII.GZ", tmp_path / "labels" / "scan.Nii.gz", tmp_path / "images" / "x.nhdr")
     found = [cases("folder", tmp_path, split) for split in SPLITS]
     pairs = {c["id"]: Path(c["label"]).name for split in found for c in split}
     assert pairs == {**{f"IMG_{n}": f"IMG_{n}.PNG" for n in range(4)}, "scan": "scan.Nii.gz"}
-    assert list(left_out(found[0])) == ["x.mha"] and "x.mha" in caplog.text
+    assert list(left_out(found[0])) == ["x.nhdr"] and "x.nhdr" in caplog.text
     (tmp_path / "labels" / "IMG_0.PNG").unlink()
     with pytest.raises(DataError) as error:
         for split in SPLITS:

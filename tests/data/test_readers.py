@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import itk
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd
 from PIL import Image
 
@@ -18,7 +20,7 @@ from networks.data.labels import CheckLabeld
 from networks.data.loading import LoadVolumed
 from networks.data.readers import load_nifti
 from networks.data.slices import VolumeDataset
-from networks.results.label_maps import SaveLabelMapd
+from networks.results.label_maps import SaveImageLabelMapd
 from networks.results.metrics import CaseMetric
 from networks.results.pictures import read_slice
 
@@ -51,8 +53,8 @@ def nifti(
     return file
 
 
-def read(file: Path, **options: object) -> torch.Tensor:
-    return LoadVolumed("image", **options)({"image": str(file)})["image"]
+def read(file: Path | MetaTensor, **options: object) -> torch.Tensor:
+    return LoadVolumed("image", **options)({"image": str(file) if isinstance(file, Path) else file})["image"]
 
 
 HEADERS = {
@@ -93,7 +95,7 @@ def test_positions_and_distances_are_in_millimetres_whatever_the_unit(unit, fact
     hd95 = CaseMetric("hd95", 2)
     hd95(y_pred=[pred], y=[truth])
     assert hd95.aggregate().item() == pytest.approx(1.4, rel=0.01)
-    SaveLabelMapd("image", tmp_path / "out")({"image": volume})
+    SaveImageLabelMapd("image", tmp_path / "out")({"image": volume})
     written = nib.load(tmp_path / "out" / "a_seg.nii.gz")
     assert np.array_equal(written.affine, nib.load(file).affine) and written.header.get_xyzt_units()[0] == unit
 
@@ -119,7 +121,7 @@ def test_a_quaternion_longer_than_1_by_rounding_is_a_rotation(length, kind, tmp_
     file = turned(tmp_path / "a.nii", length, kind)
     volume = read(file)
     np.testing.assert_allclose(volume.affine, np.diag([-1.4, -1.6, 9, 1]), atol=1e-4)
-    SaveLabelMapd("image", tmp_path / "out")({"image": volume})
+    SaveImageLabelMapd("image", tmp_path / "out")({"image": volume})
     written = nib.load(tmp_path / "out" / "a_seg.nii.gz")  # which nibabel refuses of the image itself
     np.testing.assert_allclose(written.affine, np.diag([-1.4, -1.6, 9, 1]), atol=1e-4)
 
@@ -129,7 +131,7 @@ def test_trailing_dimensions_of_1_are_none_and_the_label_map_has_them_too(shape,
     voxels = VOXELS[: shape[0], : shape[1], : shape[2]].reshape(shape)
     volume = read(nifti(tmp_path / "a.nii.gz", voxels, sform=(OBLIQUE, 1)))
     assert volume.shape == (1, *shape[:3])
-    SaveLabelMapd("image", tmp_path / "out")({"image": volume})
+    SaveImageLabelMapd("image", tmp_path / "out")({"image": volume})
     assert nib.load(tmp_path / "out" / "a_seg.nii.gz").shape == shape
 
 
@@ -179,7 +181,7 @@ def test_a_picture_is_read_as_viewers_show_it_and_so_are_its_mask_and_overlay(or
     case = prepare({"image": str(image)})
     case["pred"] = case["image"][:1] * 0 + torch.from_numpy(mask.T[None, ..., None])
     case = Invertd("pred", prepare, "image", nearest_interp=True)(case)
-    SaveLabelMapd("pred", tmp_path / "out", ".png")(case)
+    SaveImageLabelMapd("pred", tmp_path / "out", ".png")(case)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a_seg.png")), mask)
 
 
@@ -197,3 +199,40 @@ def test_another_format_under_the_name_is_refused(tmp_path):
     with pytest.raises(DataError, match="a.nii"):
         read(file)
     assert isinstance(load_nifti(nifti(tmp_path / "b.nii.gz", sform=(OBLIQUE, 1))), nib.Nifti1Image)
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd"])
+def test_a_file_of_itk_lies_as_its_nifti_file_and_so_does_its_label_map(ending, tmp_path):
+    source = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(VOXELS, OBLIQUE), source)
+    file = tmp_path / "itk" / f"scan{ending}"
+    file.parent.mkdir()
+    itk.imwrite(itk.imread(str(source)), str(file))
+    image, label = read(source), read(file)
+    np.testing.assert_allclose(label.affine, image.affine, atol=1e-4)
+    assert torch.equal(label.as_tensor(), image.as_tensor())
+    CheckLabeld("label", num_classes=250)({"image": image, "label": (label / 4).floor()})
+    SaveImageLabelMapd("pred", tmp_path)({"pred": label > 500})
+    written = nib.load(tmp_path / "scan_seg.nii.gz")
+    np.testing.assert_allclose(written.affine, image.affine, atol=1e-4)
+    assert np.array_equal(np.asarray(written.dataobj), VOXELS > 500)
+
+
+def test_what_is_no_file_of_itk_is_refused_by_name(tmp_path):
+    for name, content in {"a.nrrd": b"NRRD0004\ntype: float\n", "b.mha": b"no image"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            read(tmp_path / name)
+
+
+def test_an_image_in_memory_is_taken_as_its_file(tmp_path):
+    """Without a channel axis and of whole numbers, as MONAI Deploy hands it over."""
+    source = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(VOXELS, OBLIQUE), source)
+    loaded = read(source)
+    held = MetaTensor(torch.from_numpy(VOXELS), loaded.affine, {"original_channel_dim": "no_channel"})
+    taken = read(held)
+    assert torch.equal(taken.as_tensor(), loaded.as_tensor()) and taken.dtype == loaded.dtype
+    assert torch.equal(taken.affine, loaded.affine)
+    with pytest.raises(DataError, match="NaN"):
+        read(held / 0)

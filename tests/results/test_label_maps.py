@@ -14,7 +14,7 @@ from PIL import Image
 from networks.data.formats import PICTURES
 from networks.data.geometry import SliceOrientationd
 from networks.data.loading import LoadVolumed
-from networks.results.label_maps import SaveLabelMapd
+from networks.results.label_maps import SaveImageLabelMapd
 from networks.results.pictures import COLOURS
 
 
@@ -26,7 +26,7 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray | None = None) -> str:
 @pytest.mark.parametrize("name", ["scan.nii.gz", "SCAN.NII.GZ"])
 def test_a_label_map_has_its_volume_s_shape(name, tmp_path):
     case = LoadVolumed("image")({"image": save(tmp_path / name, np.arange(24, dtype=np.uint8).reshape(4, 3, 2))})
-    SaveLabelMapd("image", tmp_path / "out")(case)
+    SaveImageLabelMapd("image", tmp_path / "out")(case)
     (written,) = (tmp_path / "out").iterdir()
     assert nib.load(written).shape == (4, 3, 2)
 
@@ -50,7 +50,7 @@ def test_a_picture_is_a_volume_of_one_slice_and_its_label_map_lies_on_it(tmp_pat
     case["pred"] = case["image"][:1] * 0 + pred
     case = Invertd("pred", prepare, "image", nearest_interp=True)(case)
     assert case["pred"].shape == (1, 60, 40, 1)
-    SaveLabelMapd("pred", tmp_path / "out", ".png")(case)
+    SaveImageLabelMapd("pred", tmp_path / "out", ".png")(case)
     saved = Image.open(tmp_path / "out" / "image_seg.png")
     assert saved.size == (60, 40)
     values = np.asarray(saved)
