@@ -479,7 +479,7 @@ def test_threads_of_processes_together_end_before_the_interpreter_does(tmp_path)
     script = """
 import atexit, pathlib, monai.bundle
 def threads():
-    print("threads", len(list(pathlib.Path("/proc/self/task").iterdir())))
+    print("threads", *(file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")))
 atexit.register(threads)  # called last
 monai.bundle.run("training", config_file="config.json")
 threads()
@@ -494,8 +494,9 @@ threads()
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     output = run("-c", script, cwd=tmp_path).stdout
-    after_the_run, at_the_end = (int(line.split()[1]) for line in output.splitlines() if line.startswith("threads"))
-    assert after_the_run > at_the_end
+    after_the_run, at_the_end = (line for line in output.splitlines() if line.startswith("threads"))
+    print(after_the_run)  # gloo's are among them with some versions of torch, and have names with some
+    assert "gloo" not in at_the_end
 
 
 @of_volumes
