@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from matplotlib.figure import Figure
+from monai.data import MetaTensor
 from PIL import Image
 
 from networks.results.pictures import COLOURS, curves, overlay, read_slice, thin
-from networks.results.report import case_table, summary_table
+from networks.results.report import Report, case_table, summary_table
+from networks.storage import write_csv
 
 NAN = math.nan
 
@@ -91,6 +95,25 @@ def test_curves_draw_any_history(score, tmp_path):
     assert np.array_equal(scores.get_xydata(), [[2, float(score)]] if score else np.empty((0, 2)), equal_nan=True)
 
 
+def test_an_evaluation_leaves_its_tables_and_the_pictures_of_three_cases(tmp_path):
+    truth = torch.zeros(1, 20, 12, 3)
+    truth[:, 5:10, 2:8, 1] = 1
+    batches, scores = [], torch.tensor([[0.9, NAN], [0.1, NAN], [0.5, NAN]])
+    for case in "abc":
+        nib.save(nib.Nifti1Image(np.random.default_rng(0).random((20, 12, 3)), np.eye(4)), tmp_path / f"{case}.nii")
+        batches.append([{"image": MetaTensor(truth, meta={"filename_or_obj": str(tmp_path / f"{case}.nii")})}])
+    write_csv(tmp_path / "out" / "history.csv", ["epoch", "loss", "score"], [["1", "0.5", "0.25"]])
+    evaluator = Engine(lambda engine, batch: [{"label": MetaTensor(truth), "pred": MetaTensor(truth)}])
+    evaluator.state.metric_details = {"val_mean_dice": scores}
+    Report(tmp_path / "out", {"0": "background", "1": "liver", "2": "spleen"}).attach(evaluator)
+    evaluator.run(batches)
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"history.csv", "cases.csv", "summary.md", "curves.png", "worst.png", "median.png", "best.png"}
+    assert (tmp_path / "out" / "cases.csv").read_text().splitlines()[:2] == ["case,dice liver,dice spleen", "a,0.9,nan"]
+    # Three panels of 12 by 20 pixels at a scale of 25, a line of titles, and one of names.
+    assert Image.open(tmp_path / "out" / "worst.png").size == (3 * 20 * 25, 12 * 25 + 40)
+
+
 def test_pictures_of_large_images_are_thinned():
     assert thin(np.zeros((3000, 1000, 3))).shape == (500, 167, 3)
     assert thin(np.zeros((512, 100))).shape == (512, 100)
@@ -107,8 +130,6 @@ def test_a_picture_is_read_as_people_see_it(tmp_path, suffix):
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SRA"])
 def test_a_volume_is_seen_upright_however_it_is_stored(tmp_path, axcodes):
-    import nibabel as nib
-
     # Towards right, anterior, superior: the patient's right third is bright at its anterior end.
     ras = np.zeros((12, 10, 4), np.float32)
     ras[9:, 6:, 2] = 1
