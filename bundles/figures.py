@@ -95,16 +95,21 @@ def _between_marks(path: Path, block: str) -> str:
 def _of_readme(shipped: list[Path], others: list[Path]) -> str:
     head = ["bundle", "segments", "weights", "test Dice, %", "test HD95, mm", "seconds per case", "memory"]
     rows = []
-    for bundle in [*shipped, *others]:
-        metadata = _metadata(bundle)
-        task = metadata["task"].removeprefix("Segmentation of ").removeprefix("the ")
-        row = [f"[{bundle.name}](bundles/{bundle.name}/docs/README.md)", task, "none", "", "", "", ""]
-        if bundle in shipped:
-            metrics = metadata["eval_metrics"]
-            row[2:] = [f"{_network(bundle)}, {_size(bundle)}", _figure(metrics, "test_mean_dice")]
-            row[4:] = [_figure(metrics, "test_hd95_mm"), f"{_seconds(metrics):g}", _memory(metrics)]
-        rows.append(row)
-    return _table(head, rows, left=3)
+    for bundle in sorted(shipped, key=lambda bundle: -_metadata(bundle)["eval_metrics"]["test_mean_dice"]):
+        metrics = _metadata(bundle)["eval_metrics"]
+        scores = [_figure(metrics, name) for name in ("test_mean_dice", "test_hd95_mm")]
+        costs = [f"{_seconds(metrics):g}", _memory(metrics)]
+        rows.append([_link(bundle), _task(bundle), f"{_network(bundle)}, {_size(bundle)}", *scores, *costs])
+    without = ", ".join(f"{_link(bundle)} ({_task(bundle)})" for bundle in others)
+    return _table(head, rows, left=3) + (f"\n\nWithout weights so far: {without}." if others else "")
+
+
+def _link(bundle: Path) -> str:
+    return f"[{bundle.name}](bundles/{bundle.name}/docs/README.md)"
+
+
+def _task(bundle: Path) -> str:
+    return _metadata(bundle)["task"].removeprefix("Segmentation of ").removeprefix("the ")
 
 
 def _of_card(bundle: Path) -> str:
