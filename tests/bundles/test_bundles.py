@@ -619,7 +619,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     for key in ("inferer", "dataloader", "network_def", "network"):
         assert evaluate[key] == inference[key]
     for a, b in ((train, evaluate), (evaluate, inference)):
-        for key in a.keys() & b.keys() - {
+        for key in {key for key in a.keys() & b.keys() if not key.startswith("_")} - {
             *("network_def", "network", "initialize", "run", "num_workers", "imports"),
             *("preprocessing", "postprocessing", "cases", "dataset", "handlers", "evaluator"),
             *train["trained_for"],
