@@ -381,7 +381,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, h_max: Tensor, h_avg: Tensor) -> tuple[Tensor, Tensor]:
         # Not amax: its gradient looks for the maximum again, and finds none among bfloat16's roundings when compiled.
-        a_max = torch.sigmoid(self.mlp(h_max.amax((2, 3), keepdim=True)))
+        a_max = torch.sigmoid(self.mlp(h_max.flatten(2).max(2, keepdim=True).values[..., None]))
         a_avg = torch.sigmoid(self.mlp(h_avg.mean([2, 3], keepdim=True)))
         return a_max * h_max, a_avg * h_avg
 

@@ -236,7 +236,7 @@ class ContextAwareFusion(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         stacked = torch.cat(features, 1)
         average = self.channel_avg(F.adaptive_avg_pool2d(stacked, 1))  # before the convolution: equal, and cheaper
-        maximum = self.channel_max(stacked).amax((2, 3), keepdim=True)
+        maximum = self.channel_max(stacked).flatten(2).max(2, keepdim=True).values[..., None]
         w_ch = torch.sigmoid(self.channel(torch.cat([average, maximum], 1)))  # eq. 3
         fused = self.reduce(w_ch * stacked)  # eq. 4
         summary = torch.zeros_like(fused[:, :1])

@@ -143,7 +143,7 @@ def test_results_beside_the_images_are_not_segmented(images, infer):
 
 
 def test_what_is_left_out_is_recorded(images, infer, tmp_path):
-    names = ("old_seg.nii.gz", "other_4d.nii.gz", "other.mha", "photo.png")
+    names = ("old_seg.nii.gz", "other_4d.nii.gz", "other.mgz", "photo.png")
     for name in names:
         shutil.copy(images / "0.nii.gz", images / name)
     assert len(infer()) == 3
