@@ -1,0 +1,371 @@
+"""Function of the heart from label maps of its frames: volumes, ejection fraction, mass, output, and what looks wrong.
+
+ED and ES are the end-diastolic and the end-systolic frame, those where the left ventricle is greatest and smallest,
+for both ventricles. The rows with ``lv`` but mass are there with ``rv`` too.
+
+===================  ==============================================================================
+column               formula
+===================  ==============================================================================
+ed_frame, es_frame   frames as they are called, by default counted from 0
+lv_edv_ml            voxels at ED x their volume, which is the area of the slices x their distance
+lv_esv_ml            the same at ES
+lv_sv_ml             EDV - ESV
+lv_ef_percent        100 (EDV - ESV) / EDV
+lv_mass_g            1.05 g/mL x volume of the myocardium at ED [1, 2]
+heart_rate_per_min   60,000 / length of the beat in ms
+lv_co_l_min          SV x heart rate / 1000
+body_surface_m2      sqrt(height in cm x weight in kg / 3600) [3]
+lv_edvi_ml_m2        EDV / body surface; likewise lv_esvi_ml_m2, lv_svi_ml_m2, lv_massi_g_m2, lv_ci_l_min_m2
+===================  ==============================================================================
+
+[1] S. G. Myerson et al., Assessment of left ventricular mass by cardiovascular magnetic resonance, Hypertension
+2002;39:750-755. [2] J. Schulz-Menger et al., Standardized image interpretation and post-processing in cardiovascular
+magnetic resonance: 2020 update, J Cardiovasc Magn Reson 2020;22:19. [3] R. D. Mosteller, Simplified calculation of
+body-surface area, N Engl J Med 1987;317:1098.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..errors import DataError
+from .measures import components, structure_boxes, voxel_size
+
+__all__ = [
+    "LEFT_FIRST",
+    "RIGHT_FIRST",
+    "body_surface",
+    "ed_and_es",
+    "frame_times",
+    "frame_volumes",
+    "function_flags",
+    "heart_function",
+    "known_times",
+    "rate_of_intervals",
+    "rate_of_times",
+    "shape_flags",
+]
+
+RIGHT_FIRST = {"rv": 1, "myo": 2, "lv": 3}
+"""Label numbers of ACDC."""
+
+LEFT_FIRST = {"lv": 1, "myo": 2, "rv": 3}
+"""Label numbers of UK Biobank, M&Ms and MONAI's short-axis bundle."""
+
+NAMES = {"lv": "left ventricle", "myo": "myocardium", "rv": "right ventricle"}
+
+DENSITY = 1.05  # g/mL of myocardium
+EF_RANGE = (5, 85)  # percent
+MYOCARDIUM_CHANGE = 0.2  # of its greatest volume: muscle hardly compresses
+RATES = (30, 220)  # beats a minute; others are headers' errors, or frames of a part of the beat
+
+_UNITS = {"sec": 1000.0, "msec": 1.0, "usec": 0.001}
+"""Milliseconds in NIfTI's units of time, as nibabel calls them."""
+
+
+def frame_volumes(
+    labels: Sequence[np.ndarray], spacing: Sequence[float], numbers: Mapping[str, int] = RIGHT_FIRST
+) -> dict[str, np.ndarray]:
+    """Volumes of the heart's structures in each frame.
+
+    Args:
+        labels: one label map ``X, Y, Z`` a frame, all of one shape; an array ``T, X, Y, Z`` is such a sequence.
+        spacing: size of a voxel in millimetres, three numbers; across slices it is their distance.
+        numbers: label numbers of ``lv``, ``myo`` and ``rv``, such as :data:`RIGHT_FIRST` or :data:`LEFT_FIRST`.
+
+    Returns:
+        mL in each of the T frames, by ``lv``, ``myo`` and ``rv``.
+
+    Raises:
+        DataError: on frames of different shapes, other label numbers, a spacing that is not finite and positive.
+    """
+    size = voxel_size(spacing, 3) / 1000
+    volumes: dict[str, list[float]] = {name: [] for name in NAMES}
+    for frame, boxes in zip(labels, _frame_boxes(labels, numbers), strict=True):
+        for name, values in volumes.items():
+            values.append(size * np.count_nonzero(_mask(frame, boxes, numbers[name])))
+    return {name: np.array(values) for name, values in volumes.items()}
+
+
+def ed_and_es(lv: Sequence[float], ed: int | None = None, es: int | None = None) -> tuple[int, int]:
+    """End-diastolic and end-systolic frame: of the greatest and the smallest left ventricle.
+
+    Args:
+        lv: its volume in each frame.
+        ed: the end-diastolic frame, counted from 0, where it is known.
+        es: the end-systolic one, likewise.
+
+    Returns:
+        Both, counted from 0; the first of several equal ones.
+
+    Raises:
+        DataError: on fewer than two frames, a volume that is negative or not finite, a frame that is not there.
+    """
+    values = np.asarray(lv, float)
+    if values.ndim != 1 or len(values) < 2:
+        raise DataError(f"Heart function needs two frames or more, got {values.size}.")
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise DataError("A volume of the heart is negative or not finite.")
+    for name, frame in {"ed": ed, "es": es}.items():
+        if frame is not None and not 0 <= frame < len(values):
+            raise DataError(f"The {name} frame is {frame}, but the frames are 0 to {len(values) - 1}.")
+    found = int(values.argmax()) if ed is None else ed, int(values.argmin()) if es is None else es
+    if found[0] == found[1] and (ed, es) != (None, None):  # equal of themselves they are where no ventricle was found
+        raise DataError(f"Frame {found[0]} cannot be both end-diastole and end-systole.")
+    return found
+
+
+def heart_function(
+    volumes: Mapping[str, Sequence[float]],
+    ed: int | None = None,
+    es: int | None = None,
+    rate: float | None = None,
+    surface: float | None = None,
+    frames: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """Function of both ventricles from the volumes of the frames of one beat, or of ED and ES alone.
+
+    Args:
+        volumes: mL in each frame by ``lv``, ``myo`` and ``rv``, as from :func:`frame_volumes`.
+        ed: the end-diastolic frame, counted from 0, where it is known.
+        es: the end-systolic one, likewise.
+        rate: beats a minute, where known.
+        surface: of the body in m2, where known.
+        frames: what the frames are called, such as 1 and 12 of ACDC's pairs; by default 0, 1, 2, ...
+
+    Returns:
+        The columns of the module's table, without those of an unknown rate or surface. The ejection fraction is NaN
+        where the ventricle is empty at ED.
+
+    Raises:
+        DataError: as :func:`ed_and_es`; when a structure is missing or has another number of frames.
+    """
+    ed, es = _checked(volumes, ed, es, frames)
+    called = range(len(volumes["lv"])) if frames is None else frames
+    row: dict[str, float] = {"ed_frame": called[ed], "es_frame": called[es]}
+    for side in ("lv", "rv"):
+        row |= _ventricle(side, float(volumes[side][ed]), float(volumes[side][es]), rate, surface)
+        if side == "lv":
+            row["lv_mass_g"] = DENSITY * float(volumes["myo"][ed])
+            if surface is not None:
+                row["lv_massi_g_m2"] = row["lv_mass_g"] / surface
+    if rate is not None:
+        row["heart_rate_per_min"] = rate
+    if surface is not None:
+        row["body_surface_m2"] = surface
+    return row
+
+
+def _ventricle(side: str, edv: float, esv: float, rate: float | None, surface: float | None) -> dict[str, float]:
+    stroke = edv - esv
+    row = {f"{side}_edv_ml": edv, f"{side}_esv_ml": esv, f"{side}_sv_ml": stroke, f"{side}_ef_percent": _ef(edv, esv)}
+    if surface is not None:
+        row |= {f"{side}_{what}i_ml_m2": row[f"{side}_{what}_ml"] / surface for what in ("edv", "esv", "sv")}
+    if rate is not None:
+        row[f"{side}_co_l_min"] = stroke * rate / 1000
+        if surface is not None:
+            row[f"{side}_ci_l_min_m2"] = stroke * rate / 1000 / surface
+    return row
+
+
+def _ef(edv: float, esv: float) -> float:
+    return 100 * (edv - esv) / edv if edv else math.nan
+
+
+def rate_of_intervals(intervals: Sequence[float]) -> float | None:
+    """Heart rate from DICOM's NominalInterval (0018,1062).
+
+    Args:
+        intervals: lengths of the beat in milliseconds, of any files of the series; those that are not positive, which
+            scanners write for unknown ones, are left out.
+
+    Returns:
+        60,000 / their mean, in beats a minute; None where there is none, or the rate is not within :data:`RATES`.
+    """
+    known = [ms for ms in intervals if math.isfinite(ms) and ms > 0]
+    return _plausible(60_000 * len(known) / sum(known)) if known else None
+
+
+def rate_of_times(times: Sequence[float]) -> float | None:
+    """Heart rate from the times of frames that are spread evenly over one whole beat.
+
+    Args:
+        times: milliseconds of the T frames.
+
+    Returns:
+        60,000 / (T x the mean step) in beats a minute; None where times are not known, see :func:`known_times`, or the
+        rate is not within :data:`RATES`.
+    """
+    if not known_times(times):
+        return None
+    return _plausible(60_000 * (len(times) - 1) / (len(times) * (times[-1] - times[0])))
+
+
+def known_times(times: Sequence[float]) -> bool:
+    """Whether times say when frames were: two or more, finite, each later than the one before."""
+    return len(times) > 1 and bool(np.isfinite(times).all() and (np.diff(times) > 0).all())
+
+
+def frame_times(step: float, unit: str, frames: int) -> list[float] | None:
+    """Times of the frames of a NIfTI.
+
+    Args:
+        step: its ``pixdim[4]``.
+        unit: of time, as nibabel's ``get_xyzt_units`` calls it.
+        frames: how many.
+
+    Returns:
+        Milliseconds from the first frame on; None where the unit is none of time or the step not positive.
+    """
+    if unit not in _UNITS or not 0 < step < math.inf:
+        return None
+    return [frame * step * _UNITS[unit] for frame in range(frames)]
+
+
+def _plausible(rate: float) -> float | None:
+    return rate if RATES[0] <= rate <= RATES[1] else None
+
+
+def body_surface(height: float, weight: float) -> float | None:
+    """Area of a body's surface by Mosteller's formula.
+
+    Args:
+        height: metres, as DICOM's PatientSize (0010,1020).
+        weight: kilograms, as DICOM's PatientWeight (0010,1030).
+
+    Returns:
+        m2; None where they are no person's: headers hold 0, or centimetres. A person has 0.4 to 2.5 m and 2 to 350 kg.
+    """
+    if not (0.4 <= height <= 2.5 and 2 <= weight <= 350):
+        return None
+    return math.sqrt(100 * height * weight / 3600)
+
+
+def function_flags(
+    volumes: Mapping[str, Sequence[float]],
+    ed: int | None = None,
+    es: int | None = None,
+    frames: Sequence[int] | None = None,
+) -> list[str]:
+    """What a reader must look at in the volumes of the frames.
+
+    Args:
+        volumes: as of :func:`heart_function`.
+        ed: likewise.
+        es: likewise.
+        frames: likewise.
+
+    Returns:
+        A sentence for each: a ventricle whose ejection fraction is outside 5 to 85 %, or that has none; myocardium
+        whose volume changes by more than a fifth of its greatest; ED and ES in neighbouring frames of four or more, the
+        last and the first included, or of a pair whose frames are called so.
+
+    Raises:
+        DataError: as :func:`heart_function`.
+    """
+    ed, es = _checked(volumes, ed, es, frames)
+    flags = []
+    for side in ("lv", "rv"):
+        ef = _ef(float(volumes[side][ed]), float(volumes[side][es]))
+        if math.isnan(ef):
+            flags.append(f"{NAMES[side]}: not found at end-diastole, so it has no ejection fraction")
+        elif not EF_RANGE[0] <= ef <= EF_RANGE[1]:
+            flags.append(f"{NAMES[side]}: ejection fraction {ef:.0f} %, outside {EF_RANGE[0]} to {EF_RANGE[1]} %")
+    myocardium = np.asarray(volumes["myo"], float)
+    low, high = myocardium.min(), myocardium.max()
+    if high - low > MYOCARDIUM_CHANGE * high:
+        flags.append(f"myocardium: its volume changes from {low:.0f} to {high:.0f} mL, by more than a fifth")
+    count = len(myocardium)
+    apart = abs(ed - es)
+    if frames is not None and count == 2:
+        neighbours = abs(frames[ed] - frames[es]) == 1
+    else:
+        neighbours = count >= 4 and min(apart, count - apart) == 1
+    if neighbours:
+        called = range(count) if frames is None else frames
+        flags.append(f"end-diastole and end-systole are neighbouring frames, {called[ed]} and {called[es]}")
+    return flags
+
+
+def shape_flags(
+    labels: Sequence[np.ndarray],
+    numbers: Mapping[str, int] = RIGHT_FIRST,
+    axis: int = 2,
+    frames: Sequence[int] | None = None,
+) -> list[str]:
+    """What a reader must look at in the shapes of the structures.
+
+    Args:
+        labels: as of :func:`frame_volumes`.
+        numbers: likewise.
+        axis: of X, Y and Z, the one across the slices.
+        frames: what the frames are called, by default 0, 1, 2, ...
+
+    Returns:
+        A sentence for each, with the frames: a ventricle that is missing between slices that have it; a structure in
+        several parts, which do not touch even at a corner; a structure at an edge of the slices. The first and the last
+        slice are no such edge: a stack often ends in the ventricles.
+
+    Raises:
+        DataError: on frames of different shapes or other label numbers.
+    """
+    found: dict[str, list[int]] = {}
+    for t, (frame, boxes) in enumerate(zip(labels, _frame_boxes(labels, numbers), strict=True)):
+        for side, name in NAMES.items():
+            if numbers[side] not in boxes:
+                continue
+            box, mask = boxes[numbers[side]], _mask(frame, boxes, numbers[side])
+            slices = mask.any(tuple(a for a in range(3) if a != axis))
+            if side != "myo" and not slices.all():
+                found.setdefault(f"{name}: missing between slices that have it", []).append(t)
+            if components(mask) > 1:
+                found.setdefault(f"{name}: in several parts", []).append(t)
+            if any(box[a].start == 0 or box[a].stop == frame.shape[a] for a in range(3) if a != axis):
+                found.setdefault(f"{name}: at the edge of the field of view", []).append(t)
+    called = range(len(labels)) if frames is None else frames
+    return [f"{flag}, in {_listed([called[t] for t in times])}" for flag, times in found.items()]
+
+
+def _listed(frames: Sequence[int]) -> str:
+    """Frames in words; of many the first three and their number."""
+    if len(frames) == 1:
+        return f"frame {frames[0]}"
+    if len(frames) > 4:
+        return f"{len(frames)} frames ({', '.join(map(str, frames[:3]))}, ...)"
+    return f"frames {', '.join(map(str, frames[:-1]))} and {frames[-1]}"
+
+
+def _checked(
+    volumes: Mapping[str, Sequence[float]], ed: int | None, es: int | None, frames: Sequence[int] | None
+) -> tuple[int, int]:
+    """ED and ES of volumes that belong together."""
+    missing = [name for name in NAMES if name not in volumes]
+    if missing:
+        raise DataError(f"Heart function needs the volumes of lv, myo and rv, {' and '.join(missing)} is missing.")
+    counts = {len(volumes[name]) for name in NAMES} | (set() if frames is None else {len(frames)})
+    if len(counts) > 1:
+        raise DataError(f"Volumes and names of the frames differ in number: {', '.join(map(str, sorted(counts)))}.")
+    for name in ("myo", "rv"):
+        ed_and_es(volumes[name])  # the same numbers are wrong there
+    return ed_and_es(volumes["lv"], ed, es)
+
+
+def _frame_boxes(labels: Sequence[np.ndarray], numbers: Mapping[str, int]) -> list[dict[int, tuple]]:
+    """Boxes around the structures in each frame."""
+    if set(numbers) != set(NAMES) or len(set(numbers.values())) < 3 or min(numbers.values()) < 1:
+        raise DataError(f"lv, myo and rv need three different label numbers from 1 on, got {dict(numbers)}.")
+    for t, frame in enumerate(labels):
+        if frame.ndim != 3 or frame.shape != labels[0].shape:
+            raise DataError(
+                f"Frame {t} has shape {list(frame.shape)}, the first one {list(labels[0].shape)}: the frames of a "
+                "heart are volumes X, Y, Z on one grid."
+            )
+    return [structure_boxes(frame, tuple(numbers.values()), f"Frame {t}") for t, frame in enumerate(labels)]
+
+
+def _mask(frame: np.ndarray, boxes: Mapping[int, tuple], number: int) -> np.ndarray:
+    """Where a structure is, within its box; nothing where it is not."""
+    return frame[boxes.get(number, (slice(0),) * 3)] == number
