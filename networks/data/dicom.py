@@ -8,7 +8,7 @@ label map would lie beside the patient, or be of another image.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def has_image(folder: Path) -> bool:
     """
     for file in _dicom_files(folder):
         try:
-            if _no_image(_header(file)) is None:
+            if no_image(header_of(file)) is None:
                 return True
         except DataError:
             return True
@@ -92,7 +92,7 @@ def holds_all_frames(file: Path) -> bool:
     Raises:
         DataError: when it is damaged.
     """
-    return int(_header(file).get("NumberOfFrames") or 1) > 1
+    return int(header_of(file).get("NumberOfFrames") or 1) > 1
 
 
 def series_frames(folder: str | Path, tolerance: float = 0.1) -> list[Frame]:
@@ -113,8 +113,8 @@ def series_frames(folder: str | Path, tolerance: float = 0.1) -> list[Frame]:
             position, one missing in between, two at one position, or slices that are shifted against each other.
     """
     folder = Path(folder)
-    headers = {file: _header(file) for file in (_dicom_files(folder) if folder.is_dir() else [folder])}
-    others = {file.name: kind for file, header in headers.items() if (kind := _no_image(header))}
+    headers = {file: header_of(file) for file in (_dicom_files(folder) if folder.is_dir() else [folder])}
+    others = {file.name: kind for file, header in headers.items() if (kind := no_image(header))}
     if others:
         kinds = ", ".join(sorted(set(others.values())))
         logger.warning(f"{folder}: left out {len(others)} files that are no images ({kinds}): {', '.join(others)}")
@@ -127,8 +127,10 @@ def series_frames(folder: str | Path, tolerance: float = 0.1) -> list[Frame]:
     if len(series) > 1:
         found = "; ".join(f"{len(files)} files such as {files[0].name}" for files in series.values())
         raise DataError(f"{folder} holds {len(series)} DICOM series ({found}). Put each into a folder of its own.")
-    frames = [frame for file, header in images.items() for frame in _frames(file, header)]
-    return _in_order(str(folder), frames, tolerance)
+    frames = [frame for file, header in images.items() for frame in frames_of(file, header)]
+    for file, header in images.items():
+        _check_one_scale(file, header)
+    return in_order(str(folder), frames, tolerance)
 
 
 class SeriesReader(ITKReader):
@@ -139,35 +141,53 @@ class SeriesReader(ITKReader):
 
     def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> Any:
         """Images of ITK, one for each folder."""
-        images = [_stacked(series_frames(str(folder))) for folder in ensure_tuple(data)]
+        images = [stacked(series_frames(str(folder))) for folder in ensure_tuple(data)]
         return images if len(images) > 1 else images[0]
 
 
-def _stacked(frames: list[Frame]) -> Any:
-    """The ITK image of a series."""
+def stacked(
+    frames: Sequence[Frame], pixels: Callable[[Frame], np.ndarray] | None = None, thickness: float = 1.0
+) -> Any:
+    """The ITK image of slices that are in order.
+
+    Args:
+        frames: the slices.
+        pixels: gives the values of a slice, rows and columns, where ITK is not to read the files.
+        thickness: of a slice in millimetres, where there is one alone and ITK does not read it.
+
+    Returns:
+        ``itk.Image`` of floats.
+    """
     import itk
 
     files = [str(frame.file) for frame in frames]
-    if len(files) == len(set(files)):
-        return itk.imread(files if len(files) > 1 else files[0], pixel_type=itk.F)
-    read = {file: np.atleast_3d(itk.array_from_image(itk.imread(file, pixel_type=itk.F))) for file in set(files)}
-    image = itk.image_from_array(np.stack([read[str(frame.file)][frame.number] for frame in frames]))
+    if pixels is None:
+        if len(files) == len(set(files)):
+            return itk.imread(files if len(files) > 1 else files[0], pixel_type=itk.F)
+        read = {file: np.atleast_3d(itk.array_from_image(itk.imread(file, pixel_type=itk.F))) for file in set(files)}
+        pixels = lambda frame: read[str(frame.file)][frame.number]
+    image = itk.image_from_array(np.stack([pixels(frame) for frame in frames]).astype(np.float32, copy=False))
     first, last = frames[0], frames[-1]
     assert first.position is not None and last.position is not None  # as they are in order
     normal = np.cross(*first.rows)
     step = (last.position - first.position) / max(len(frames) - 1, 1)
     image.SetOrigin(first.position.tolist())
-    image.SetSpacing([first.spacing[1], first.spacing[0], float(np.linalg.norm(step)) or 1.0])
+    image.SetSpacing([first.spacing[1], first.spacing[0], float(np.linalg.norm(step)) or thickness])
     image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(np.stack([*first.rows, normal], 1))))
     return image
 
 
 def _dicom_files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.iterdir()) if _is_dicom(file))
+    return (file for file in sorted(folder.iterdir()) if is_dicom(file))
 
 
-def _is_dicom(file: Path) -> bool:
-    if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or not file.is_file():  # a table of contents
+def is_dicom(file: Path) -> bool:
+    """Whether a file is named ``.dcm``, or has DICOM's preamble, and is no table of contents.
+
+    Raises:
+        OSError: when it cannot be read.
+    """
+    if file.name.startswith(".") or file.name.upper() == "DICOMDIR" or not file.is_file():
         return False
     if file.suffix.lower() == ".dcm":
         return True
@@ -175,10 +195,19 @@ def _is_dicom(file: Path) -> bool:
         return content.read(132)[128:] == b"DICM"
 
 
-def _header(file: Path) -> pydicom.Dataset:
-    """What a file says but its pixels."""
+def header_of(file: Path, tags: Sequence[str] = ()) -> pydicom.Dataset:
+    """What a file says but its pixels.
+
+    Args:
+        file: its name.
+        tags: keywords of what is read besides :data:`TAGS`.
+
+    Raises:
+        DataError: when it is damaged.
+        OSError: when it cannot be read.
+    """
     try:
-        header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=TAGS)
+        header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=[*TAGS, *tags])
     except OSError:
         raise
     except Exception as error:  # pydicom has no class of its own for most of what a damaged file makes it raise
@@ -188,42 +217,56 @@ def _header(file: Path) -> pydicom.Dataset:
     return header
 
 
-def _no_image(header: pydicom.Dataset) -> str | None:
-    """What an object is that is no image."""
+def no_image(header: pydicom.Dataset) -> str | None:
+    """What an object is that is no image; None of an image."""
     if kind := NO_IMAGES.get(str(header.get("SOPClassUID", ""))):
         return kind
     return None if "Rows" in header else str(header.get("Modality", "")) or "no pixels"
 
 
-def _frames(file: Path, header: pydicom.Dataset) -> list[Frame]:
+def frames_of(file: Path, header: pydicom.Dataset) -> list[Frame]:
+    """The slices that a file holds, by its header.
+
+    Raises:
+        DataError: when it holds colours, or several frames of which it does not say where each lies.
+    """
     if int(header.get("SamplesPerPixel") or 1) != 1:
         raise DataError(f"{file} holds colours, expected one number per pixel. Export the original images.")
-    shared = [*header.get("SharedFunctionalGroupsSequence", []), header]
-    groups = list(header.get("PerFrameFunctionalGroupsSequence", []))
     count = int(header.get("NumberOfFrames") or 1)
-    if count > 1 and len(groups) != count:
+    if count > 1 and len(header.get("PerFrameFunctionalGroupsSequence", [])) != count:
         raise DataError(f"{file} holds {count} frames and does not say where each lies. Export single slices.")
-    scales = {
-        (float(scale.RescaleSlope), float(scale.RescaleIntercept))
-        for group in groups
-        for scale in group.get("PixelValueTransformationSequence", [])
-    }
-    if len(scales) > 1:
-        raise DataError(f"{file} holds frames whose grey values are scaled otherwise each. Export single slices.")
     frames = []
-    for number in range(count):
-        places = [*groups[number : number + 1], *shared]
-        position = _value(places, "PlanePositionSequence", "ImagePositionPatient", 3)
-        orientation = _value(places, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
-        spacing = _value(places, "PixelMeasuresSequence", "PixelSpacing", 2)
+    for number, places in enumerate(places_of(header)):
+        position = _vector(places, "PlanePositionSequence", "ImagePositionPatient", 3)
+        orientation = _vector(places, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+        spacing = _vector(places, "PixelMeasuresSequence", "PixelSpacing", 2)
         rows = np.eye(3)[:2] if orientation is None else orientation.reshape(2, 3)
         size = (int(header.Rows), int(header.Columns))
         frames.append(Frame(file, number, size, position, rows, np.ones(2) if spacing is None else spacing))
     return frames
 
 
-def _value(places: Sequence[pydicom.Dataset], sequence: str, name: str, length: int) -> np.ndarray | None:
-    """A value of a frame: in its own group, in that of all frames, or at the top of the file."""
+def places_of(header: pydicom.Dataset) -> list[list[pydicom.Dataset]]:
+    """Where a header may speak of each frame: in its own group, in that of all frames, at the top of the file."""
+    shared = [*header.get("SharedFunctionalGroupsSequence", []), header]
+    groups = list(header.get("PerFrameFunctionalGroupsSequence", []))
+    count = int(header.get("NumberOfFrames") or 1)
+    return [[*groups[number : number + 1], *shared] for number in range(count)]
+
+
+def _check_one_scale(file: Path, header: pydicom.Dataset) -> None:
+    """ITK scales the grey values of all frames of a file as those of the first."""
+    scales = {
+        (float(scale.RescaleSlope), float(scale.RescaleIntercept))
+        for group in header.get("PerFrameFunctionalGroupsSequence", [])
+        for scale in group.get("PixelValueTransformationSequence", [])
+    }
+    if len(scales) > 1:
+        raise DataError(f"{file} holds frames whose grey values are scaled otherwise each. Export single slices.")
+
+
+def _vector(places: Sequence[pydicom.Dataset], sequence: str, name: str, length: int) -> np.ndarray | None:
+    """A value of a frame, by its :func:`places_of`."""
     for place in places:
         for holder in (*place.get(sequence, []), place):
             value = holder.get(name)
@@ -232,8 +275,9 @@ def _value(places: Sequence[pydicom.Dataset], sequence: str, name: str, length: 
     return None
 
 
-def _in_order(folder: str, frames: list[Frame], tolerance: float) -> list[Frame]:
-    """The frames along their normal, if they make one volume."""
+def in_order(folder: str, frames: Sequence[Frame], tolerance: float = 0.1) -> list[Frame]:
+    """The frames along their normal, if they make one volume; see :func:`series_frames`."""
+    frames = list(frames)
     if len(frames) == 1:
         return frames
     first = frames[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from ..errors import DataError
 from .dicom import has_image, is_series
 from .formats import PICTURES, SERIES, UNREAD, VOLUMES
+from .walking import below
 
 __all__ = [
     "Case",
@@ -77,7 +77,7 @@ def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES),
     endings = tuple(s for s in suffixes if s != SERIES)
     left_out: list[dict[str, str]] = []
     found: dict[Path, str] = {}
-    for path in (folder, *_below(folder, left_out)):
+    for path in (folder, *below(folder, left_out)):
         name = path.name.lower()
         why = None
         if path.is_dir():
@@ -126,29 +126,6 @@ def tell_left_out(place: Path, left_out: Sequence[Mapping[str, str]], most: int 
         files = [Path(entry["file"]).name for entry in left_out if entry["why"] == why]
         more = f" and {count - most} more" if count > most else ""
         logger.warning(f"{place}: {count} left out, {why}: {', '.join(files[:most])}{more}")
-
-
-def _below(folder: Path, left_out: list[dict[str, str]]) -> Iterator[Path]:
-    """All files and folders in a folder; each real folder is entered once, by a link only where no other way leads.
-
-    Folders that cannot be read are added to ``left_out``.
-    """
-
-    def note(error: OSError) -> None:
-        left_out.append({"file": str(error.filename), "why": f"not to be read ({error.strerror})"})
-
-    entered: set[str] = set()
-    starts = [folder]
-    for start in starts:
-        for root, names, files in os.walk(start, onerror=note):
-            if (real := os.path.realpath(root)) in entered:
-                names.clear()
-                continue
-            entered.add(real)
-            names[:] = [name for name in names if not name.startswith(".")]
-            paths = [Path(root, name) for name in (*names, *files)]
-            starts += sorted(path for path in paths[: len(names)] if path.is_symlink())
-            yield from paths
 
 
 def entries(folder: Path) -> Iterator[Path]:

@@ -48,10 +48,24 @@ def read_image(file: str | Path) -> Any:
     kinds: dict[type[ImageReader], tuple[str, ...]] = {PictureReader: PICTURES, NiftiReader: NIFTI, ITKReader: OF_ITK}
     fitting = (kind for kind, endings in kinds.items() if str(file).lower().endswith(endings))
     reader = (SeriesReader if Path(file).is_dir() else next(fitting, SeriesReader))()
-    values, meta = reader.get_data(reader.read(file))
+    return as_tensor(reader, reader.read(file), file)
+
+
+def as_tensor(reader: ImageReader, image: Any, file: str | Path) -> Any:
+    """What a reader has read, as :func:`read_image` gives it.
+
+    Args:
+        reader: one of this package's.
+        image: the image of nibabel, ITK or Pillow.
+        file: what it came from.
+
+    Returns:
+        ``MetaTensor`` of floats, channel first.
+    """
+    values, meta = reader.get_data(image)
     meta["filename_or_obj"] = str(file)
-    image: Any = MetaTensor.ensure_torch_and_prune_meta(np.asarray(values, np.float32), meta)
-    return EnsureChannelFirst()(image)
+    tensor: Any = MetaTensor.ensure_torch_and_prune_meta(np.asarray(values, np.float32), meta)
+    return EnsureChannelFirst()(tensor)
 
 
 class NiftiReader(NibabelReader):
@@ -94,11 +108,13 @@ def _position(image: Any) -> np.ndarray:
     return affine
 
 
-def load_nifti(file: PathLike) -> nib.Nifti1Image | nib.Nifti2Image:
+def load_nifti(file: PathLike, keep_open: bool = False) -> nib.Nifti1Image | nib.Nifti2Image:
     """An image file by nibabel, also one whose quaternion is longer than 1 by rounding.
 
     Args:
         file: its name.
+        keep_open: keep the file open between accesses to the voxels, so that parts that are read in their order unpack
+            it once.
 
     Returns:
         The image, of which no voxel is read yet. The header is the file's but for such a quaternion.
@@ -107,12 +123,13 @@ def load_nifti(file: PathLike) -> nib.Nifti1Image | nib.Nifti2Image:
         DataError: when the file is of another format, for all its name, or its rotation is none.
         Exception: those of nibabel for a file that cannot be read.
     """
+    options: Any = {"keep_file_open": True} if keep_open else {}  # no other format takes it
     try:
-        image = nib.load(file)
+        image = nib.load(file, **options)
     except ValueError:  # so far nibabel's word for such a quaternion
         kind = next(kind for kind in (_RoundedImage, _RoundedImage2) if kind.path_maybe_image(file)[0])
         try:
-            image = kind.from_filename(file)
+            image = kind.from_filename(file, **options)
         except ValueError as error:
             raise DataError(f"The rotation in the header of {file} is none: {error}. Export it again.") from error
     if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
