@@ -24,7 +24,7 @@ PHANTOMS = {"fias_acdc": ("acdc", "--slices", "6"), "danie_glas": ("glas", "--tr
 # About a hundred steps, because the running variances of batch normalisation keep 0.9 of their initial 1 at each: after
 # forty, they are ten times those of DANIE's first layers, and it scores 0 on slices that it fits well in training.
 OPTIONS = {
-    "fias_acdc": {"epochs": 4, "batch_size": 4},
+    "fias_acdc": {"epochs": 8, "batch_size": 4, "learning_rate": 5e-4},
     "danie_glas": {"epochs": 2, "batch_size": 2, "size": "small"},
 }
 LEARNT = 0.8
