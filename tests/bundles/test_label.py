@@ -186,7 +186,8 @@ def test_the_later_version_s_code_answers_otherwise(models, studies, alone, tmp_
     for image in IMAGES:
         folders = (alone / LATER, tmp_path / "output")
         later, own = (np.asarray(nib.load(folder / f"{image}_seg.nii.gz").dataobj) for folder in folders)
-        assert np.mean(later == own) < 0.5
+        found = (later > 0) | (own > 0)  # outside of the field of view both are background
+        assert np.mean(later[found] == own[found]) < 0.5
 
 
 @pytest.mark.parametrize("name", NETWORKS)
