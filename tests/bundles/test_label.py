@@ -220,7 +220,7 @@ def test_training_and_scoring(server, models, studies, tmp_path):
         assert 0 < steps.max() < 0.01  # trained, and from the served weights: random_heads' are of the order of 1
     for name, build in NETWORKS.items():
         config = ask("GET", f"{server}/info/").json()["trainers"][name]["config"]
-        assert config["model_filename"] == ["model.pt"]  # not the training state, whose weights it would not find
+        assert config["model_filename"] == ["model.pt", "pretrained.pt"]  # not the training state; the last first
         first, second = (score(server, name, app / name / "models" / "model.pt") for _ in range(2))
         classes = build().heads.convs[0].out_channels
         for entropy in first + second:  # of probabilities: of label maps it would be a finite number too
