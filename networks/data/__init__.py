@@ -1,6 +1,7 @@
 """Files in. Configs name from here: cases, image_files, LoadVolumed, MapLabelsd, CheckLabeld, SliceOrientationd,
-ScaleIntensityByd, FieldOfViewd, SliceDataset, VolumeDataset."""
+ScaleIntensityByd, FieldOfViewd, SliceDataset, VolumeDataset, CaseBatches, in_frames."""
 
+from .batches import CaseBatches, in_frames
 from .folders import image_files
 from .geometry import FieldOfViewd, SliceOrientationd, SlicesFirstd
 from .intensity import ScaleIntensityByd
@@ -10,6 +11,7 @@ from .loading import LoadVolumed
 from .slices import SliceDataset, VolumeDataset
 
 __all__ = [
+    "CaseBatches",
     "CheckLabeld",
     "FieldOfViewd",
     "LoadVolumed",
@@ -21,4 +23,5 @@ __all__ = [
     "VolumeDataset",
     "cases",
     "image_files",
+    "in_frames",
 ]

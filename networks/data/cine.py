@@ -20,7 +20,7 @@ from .formats import MOST_VALUES
 from .readers import NiftiReader, as_tensor, load_nifti
 from .studies import StudyFrame, study_stack
 
-__all__ = ["TimeSeries", "nifti_series", "study_series"]
+__all__ = ["TimeSeries", "nifti_series", "study_series", "unreadable_series"]
 
 MILLISECONDS = {8: 1e3, 16: 1.0, 24: 1e-3}
 """By NIfTI's code of the unit of time: seconds, milliseconds, microseconds."""
@@ -59,6 +59,16 @@ class TimeSeries:
     weight: float | None
     reader: Callable[[int], Any]
 
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {' x '.join(map(str, self.shape))} voxels"
+
+    @property
+    def step(self) -> float | None:
+        """Mean time from frame to frame in milliseconds; None where times are not known or run backwards."""
+        if self.times is None or not self.times[-1] > self.times[0]:
+            return None
+        return (self.times[-1] - self.times[0]) / (self.frames - 1)
+
     def read(self, frame: int) -> Any:
         """One frame, as :func:`networks.data.readers.read_image` gives a volume. No other is kept in memory.
 
@@ -75,6 +85,29 @@ class TimeSeries:
         if not 0 <= frame < self.frames:
             raise IndexError(f"{self.source} has the frames 0 to {self.frames - 1}, asked for {frame}.")
         return self.reader(frame)
+
+
+def unreadable_series(source: str | Path, reason: str) -> TimeSeries:
+    """What stands for a time series that cannot be read, so that it is refused in its turn and others go on.
+
+    Args:
+        source: the file or folder.
+        reason: the sentence for people.
+
+    Returns:
+        A series of one frame, whose reading raises a :class:`DataError` of that reason.
+    """
+    return TimeSeries(str(source), (0, 0, 0), 1, None, None, None, None, _Refusal(reason))
+
+
+class _Refusal:
+    """Instead of frames."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __call__(self, frame: int) -> Any:
+        raise DataError(self.reason)
 
 
 def nifti_series(file: str | Path) -> TimeSeries | None:
@@ -142,7 +175,7 @@ def study_series(folder: str | Path, left_out: list[dict[str, str]]) -> TimeSeri
     """The short-axis cine of the DICOM study in a folder and those below it; see :func:`networks.data.studies`.
 
     Args:
-        folder: holds one study, in whatever folders and files.
+        folder: holds one study, in whatever folders and files; or one file that holds all frames.
         left_out: gets ``{"file", "why"}`` of each series that is not taken, if there is a cine. The log has them too.
 
     Returns:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .cine import TimeSeries, nifti_series, study_series, unreadable_series
 from .dicom import has_image, is_series
-from .formats import PICTURES, SERIES, UNREAD, VOLUMES
+from .formats import NIFTI, PICTURES, SERIES, UNREAD, VOLUMES
+from .studies import study_folders
 from .walking import below
 
 __all__ = [
@@ -53,7 +55,13 @@ def folder_of(place: str | Path) -> Path:
     return path.parent if path.is_file() else path
 
 
-def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES), ignore: Sequence[str] = ()) -> Cases:
+def image_files(
+    place: str | Path,
+    suffixes: Sequence[str] = (*VOLUMES, SERIES),
+    ignore: Sequence[str] = (),
+    time_series: bool = False,
+    channels: int = 1,
+) -> Cases:
     """Every image in a folder and its subfolders, linked ones too, for inference; or one image file.
 
     Args:
@@ -61,26 +69,36 @@ def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES),
         suffixes: endings of the files to take; with :data:`networks.data.formats.SERIES` also each folder of DICOM
             files.
         ignore: patterns of names to leave out, such as ``"*_gt.nii.gz"``.
+        time_series: take series over time too: NIfTI files of four dimensions, and the short-axis cine of DICOM
+            studies, each of which may lie in many folders. A study without phases is taken as volumes, a folder each.
+        channels: of each image. Where there are several, they are the fourth dimension, and no image is over time.
 
     Returns:
-        ``{"id": name, "image": path}`` per file or series, sorted. Images that were left out by their names, formats
-        or rights are in its ``left_out``, and in the log.
+        ``{"id": name, "image": path}`` per file or series, sorted; those over time have their
+        :class:`networks.data.cine.TimeSeries` as ``"series"``. Images that were left out by their names, formats or
+        rights, or as frames of a series that lies beside them, are in its ``left_out``, and in the log.
 
     Raises:
         DataError: when there is no such place, no image in it, or two of one name but for the ending.
     """
     folder = Path(place)
+    time_series = time_series and channels == 1
     if folder.is_file():
-        return Cases([{"id": stem_of(folder), "image": str(folder)}])
+        return Cases([_case(folder, stem_of(folder), _series_of(folder) if time_series else None)])
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist. Set dataset_dir to the folder or the file to segment.")
     endings = tuple(s for s in suffixes if s != SERIES)
     left_out: list[dict[str, str]] = []
     found: dict[Path, str] = {}
+    of_studies: list[dict[str, str]] = []  # which tell of it themselves
+    series = _studies(folder, of_studies) if time_series and SERIES in suffixes else {}
+    found |= {path: path.resolve().name for path in series}
     for path in (folder, *below(folder, left_out)):
         name = path.name.lower()
         why = None
         if path.is_dir():
+            if any(path.is_relative_to(study) for study in series):
+                continue
             if SERIES in suffixes and (why := _why_no_series(path)) is None:
                 found[path] = path.resolve().name
         elif name.endswith((*VOLUMES, *PICTURES, *UNREAD)) and not name.startswith("."):
@@ -95,8 +113,12 @@ def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES),
                 found[path] = stem_of(path)
         if why:
             left_out.append({"file": str(path), "why": why})
+    if time_series:
+        series |= {path: over_time for path in found if path not in series and (over_time := _series_of(path))}
+        _leave_out_frames(found, series, left_out)
     taken = sorted(found)
     tell_left_out(folder, left_out)
+    left_out += of_studies
     if not taken:
         raise DataError(
             f"No images in {folder}: expected {either(suffixes)} files there or in its subfolders."
@@ -107,7 +129,53 @@ def image_files(place: str | Path, suffixes: Sequence[str] = (*VOLUMES, SERIES),
         other = named.setdefault((path.parent, found[path]), path)
         if other != path:
             raise DataError(f"{other} and {path} would have one label map, by their name. Rename or remove one.")
-    return Cases([{"id": found[path], "image": str(path)} for path in taken], left_out)
+    return Cases([_case(path, found[path], series.get(path)) for path in taken], left_out)
+
+
+def _case(path: Path, name: str, series: TimeSeries | None) -> Case:
+    return {"id": name, "image": str(path), **({} if series is None else {"series": series})}
+
+
+def _series_of(path: Path) -> TimeSeries | None:
+    """The time series in a file or folder, if it is one; whatever cannot be read is told of when its turn comes."""
+    name = path.name.lower()
+    try:
+        if name.endswith(NIFTI) and path.is_file():
+            return nifti_series(path)
+        if name.endswith(SERIES) and path.is_file():
+            return study_series(path, [])
+    except Exception:  # nibabel and pydicom have many; the file's loading names each
+        return None
+    return None
+
+
+def _studies(place: Path, left_out: list[dict[str, str]]) -> dict[Path, TimeSeries]:
+    """The short-axis cines of the DICOM studies below a folder, by the studies' folders."""
+    found: dict[Path, TimeSeries] = {}
+    try:
+        folders = study_folders(place, [])
+    except OSError:  # told of as the folder of that file is looked into
+        return {}
+    for folder in folders:
+        try:
+            series = study_series(folder, left_out)
+        except DataError as error:
+            series = unreadable_series(folder, str(error))
+        if series is not None:
+            found[folder] = series
+    return found
+
+
+def _leave_out_frames(
+    found: dict[Path, str], series: Mapping[Path, TimeSeries], left_out: list[dict[str, str]]
+) -> None:
+    """Take out files that are frames of a series beside them: ``NAME_frame01`` of ``NAME_4d`` or ``NAME``."""
+    whole = {(path.parent, stem_of(path).removesuffix("_4d")): path for path in series if path.is_file()}
+    for path, name in sorted(found.items()):
+        frame = re.fullmatch(r"(.+)_frame\d+", name)
+        if frame and path not in series and (source := whole.get((path.parent, frame[1]))):
+            del found[path]
+            left_out.append({"file": str(path), "why": f"a frame of {source.name}, which lies beside it"})
 
 
 def _why_no_series(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["FieldOfViewd", "SliceOrientationd", "SlicesFirstd"]
+__all__ = ["FieldOfViewd", "SliceOrientationd", "SlicesFirstd", "seen_voxels", "slices_along"]
 
 
 class SliceOrientationd(MapTransform, InvertibleTransform):
@@ -105,9 +105,10 @@ class FieldOfViewd(MapTransform, InvertibleTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        size = math.inf if self.size is None else float(self.size)
         for key in self.key_iterator(d) if self.size is not None else ():
             *shape, depth = d[key].shape[1:]
-            wanted = [max(1, round(self.size / mm)) for mm in d[self.first_key(d)].pixdim[:2].tolist()]
+            wanted = [_voxels(size, mm) for mm in d[self.first_key(d)].pixdim[:2].tolist()]
             starts = [max(0, have - want) // 2 for have, want in zip(shape, wanted, strict=True)]
             d[key] = self.crop(
                 d[key], Crop.compute_slices(roi_start=[*starts, 0], roi_end=[*map(sum, zip(starts, wanted)), depth])
@@ -122,3 +123,44 @@ class FieldOfViewd(MapTransform, InvertibleTransform):
         for key in self.key_iterator(d) if self.size is not None else ():
             d[key] = self.crop.inverse(self.pad.inverse(d[key]))
         return d
+
+
+def slices_along(affine: Tensor, shape: Sequence[int]) -> int:
+    """Of X, Y and Z, the axis across the slices into which :class:`SliceOrientationd` cuts a volume.
+
+    Args:
+        affine: 4, 4, of the volume's file.
+        shape: X, Y, Z.
+
+    Returns:
+        0, 1 or 2.
+    """
+    world = nib.io_orientation(np.asarray(affine, dtype=float))[:, 0].tolist()
+    return int(world.index(SliceOrientationd("image").slice_axis(affine, shape)))
+
+
+def seen_voxels(
+    shape: Sequence[int], spacing: Sequence[float], axis: int, field_of_view: float | str | None
+) -> list[tuple[int, int]]:
+    """The part of a volume that :class:`FieldOfViewd` leaves, in the axes of its file.
+
+    Args:
+        shape: X, Y, Z.
+        spacing: millimetres.
+        axis: of X, Y and Z, the one across the slices.
+        field_of_view: as of :class:`FieldOfViewd`.
+
+    Returns:
+        First voxel and the one behind the last along each axis. A cut side may lie a voxel further in than it was cut,
+        as the middle of a volume that was turned may be another by one.
+    """
+    wanted = math.inf if field_of_view in (None, "whole") else float(field_of_view or 0)
+    seen = []
+    for a, (size, mm) in enumerate(zip(shape, spacing, strict=True)):
+        cut = 0 if a == axis or wanted == math.inf else max(0, size - _voxels(wanted, mm))
+        seen.append(((cut + 1) // 2, size - (cut + 1) // 2))
+    return seen
+
+
+def _voxels(size: float, mm: float) -> int:
+    return max(1, round(size / mm))

@@ -20,8 +20,9 @@ from pathlib import Path
 from monai.data import load_decathlon_datalist
 
 from ..errors import DataError, check_option
+from .cine import nifti_series
 from .folders import Case, Cases, either, entries, file_named, files_named_like, natural_order, stem_of, tell_left_out
-from .formats import PICTURES, UNREAD, VOLUMES
+from .formats import NIFTI, PICTURES, UNREAD, VOLUMES
 
 __all__ = ["ACDC_SPLIT", "BTCV_ORGANS", "BTCV_SPLIT", "LAYOUTS", "PAPERS", "SPLITS", "cases"]
 
@@ -72,7 +73,8 @@ def cases(layout: str, dataset_dir: str | Path, split: str, patient: str = PATIE
 
     Returns:
         ``{"id": name, "image": path, "label": path}`` per case, sorted by name; ``"label_values"`` with them maps
-        the numbers in the label file to the bundle's classes.
+        the numbers in the label file to the bundle's classes. Of a time series with its label, ``X, Y, Z, T`` both,
+        each frame with a label other than 0 is a case, whose ``"frame"`` is counted from 0.
 
     Raises:
         ValueError: on an unknown ``layout`` or ``split``.
@@ -109,7 +111,30 @@ def cases(layout: str, dataset_dir: str | Path, split: str, patient: str = PATIE
             endings = either(VOLUMES if label.name.lower().endswith(VOLUMES) else PICTURES)
             raise DataError(f"{case['image']} has no label: expected {label}, by any ending of {endings}.")
     tell_left_out(root, left_out)
-    return Cases(sorted(splits[split], key=lambda case: natural_order(case["id"])), left_out)
+    found = [frame for case in splits[split] for frame in _labelled_frames(case)]
+    return Cases(sorted(found, key=lambda case: natural_order(case["id"])), left_out)
+
+
+def _labelled_frames(case: Case) -> list[Case]:
+    """A case, or those frames of a time series in which something is labelled: most have two."""
+    if not case["label"].lower().endswith(NIFTI) or not Path(case["label"]).is_file():
+        return [case]
+    try:
+        labels = nifti_series(case["label"])
+    except Exception:  # told of as the file is loaded
+        return [case]
+    if labels is None:
+        return [case]
+    images = nifti_series(case["image"])
+    if images is None or images.frames != labels.frames:
+        raise DataError(
+            f"{case['label']} has {labels.frames} frames, its image {case['image']} {images.frames if images else 1}. "
+            "Is it the label of another image?"
+        )
+    numbers = [t for t in range(labels.frames) if bool(labels.read(t).any())]
+    if not numbers:
+        raise DataError(f"{case['label']} holds nothing but 0 in all its {labels.frames} frames. Is it a label?")
+    return [{**case, "id": f"{case['id']}_frame{t}", "frame": t} for t in numbers]
 
 
 def _acdc(root: Path) -> Splits:
@@ -126,6 +151,9 @@ def _acdc(root: Path) -> Splits:
             )
         if split:
             splits[split] += [_case(image, file_named(patient, f"{stem_of(image)}_gt", VOLUMES)) for image in images]
+            whole = files_named_like(patient, VOLUMES, f"{patient.name}_4d")
+            why = "the whole series, without labels of its own"
+            splits.setdefault(LEFT_OUT, []).extend({"file": str(file), "why": why} for file in whole)
         else:
             splits.setdefault(LEFT_OUT, []).append({"file": str(patient), "why": "in none of the split's lists"})
     return splits

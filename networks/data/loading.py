@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from ..errors import DataError, beginning, lacks_memory
+from .cine import TimeSeries, nifti_series
 from .dicom import holds_all_frames
 from .formats import MOST_VALUES, NIFTI, PICTURES, SERIES, VOLUMES
 from .readers import file_of, itk_shape, load_nifti, read_image
@@ -24,7 +25,8 @@ class LoadVolumed(MapTransform):
     """Load images with the channel first, and check that each file is one usable volume.
 
     A picture (JPEG, PNG, BMP) is loaded as a volume of one slice, a folder of DICOM files as the volume of its series.
-    An image that is loaded already, as MONAI Deploy hands it over, is checked alike.
+    An image that is loaded already, as MONAI Deploy hands it over, is checked alike. Of a time series one frame is
+    loaded, where the case names it.
 
     Args:
         keys: keys of the file names.
@@ -35,7 +37,9 @@ class LoadVolumed(MapTransform):
     Shape:
         file names to ``MetaTensor`` of ``channels, X, Y, Z`` in the file's own axes; a fourth NIfTI dimension of
         length ``channels`` becomes the channel. Of a picture, X goes to the right, Y down, and Z is 1. A ``MetaTensor``
-        in memory is ``X, Y, Z`` of one channel, or ``channels, X, Y, Z``, of any type.
+        in memory is ``X, Y, Z`` of one channel, or ``channels, X, Y, Z``, of any type. Where the case has a
+        ``"frame"``, that is the number of a frame of the files, or of the case's ``"series"``, which is then taken out
+        of the case.
 
     Raises:
         DataError: when a file is missing, unreadable or truncated, of another kind, has another number of dimensions
@@ -58,9 +62,22 @@ class LoadVolumed(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        series = d.pop("series", None)
         for key in self.key_iterator(d):
-            d[key] = self._load(d[key])
+            d[key] = self._load_frame(d[key], series, d["frame"]) if "frame" in d else self._load(d[key])
         return d
+
+    def _load_frame(self, file: Any, series: TimeSeries | None, frame: int) -> MetaTensor:
+        try:
+            series = series or nifti_series(file)
+            if series is None:
+                raise DataError(f"{file} is one volume, expected a time series. Name its frames, or the whole series.")
+            volume = series.read(frame)
+        except DataError:
+            raise
+        except Exception as error:
+            raise _reading(file, error) from error
+        return self._checked(volume, f"Frame {frame} of {file}")
 
     def _load(self, file: Any) -> MetaTensor:
         if isinstance(file, MetaTensor):

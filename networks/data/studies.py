@@ -159,7 +159,7 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     one was taken again, the later counts. A copy of a file counts once.
 
     Args:
-        folder: holds the study, in whatever folders and files.
+        folder: holds the study, in whatever folders and files; or one file that holds all frames.
         left_out: gets ``{"file", "why"}`` of each series that is not taken, if there is a stack. The log has them too.
 
     Returns:
@@ -202,7 +202,7 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
 
 
 def _files(folder: Path, left_out: list[dict[str, str]]) -> list[Path]:
-    return sorted(path for path in below(folder, left_out) if is_dicom(path))
+    return sorted(path for path in ([folder] if folder.is_file() else below(folder, left_out)) if is_dicom(path))
 
 
 def _check_one_study(folder: Path, headers: Mapping[Path, pydicom.Dataset]) -> None:

@@ -97,6 +97,12 @@ VALUES: dict[str, Schema] = {
     "pooled_metrics": TEXTS,
     "flips": SWITCH,
     "overlay": SWITCH,
+    "measures": SWITCH,
+    "uncertainty": SWITCH,
+    "probabilities": SWITCH,
+    "label_numbers": {"type": ["object", "null"], "description": 'classes and numbers such as "{1: 3, 2: 2, 3: 1}"'},
+    "ed_frame": {"type": ["integer", "null"], "minimum": 0, "description": "a number from 0 up"},
+    "es_frame": {"type": ["integer", "null"], "minimum": 0, "description": "a number from 0 up"},
 }
 """JSON schema of each plain value of the bundles' configs, with a description for people."""
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.engines import SupervisedEvaluator
+from monai.engines import IterationEvents, SupervisedEvaluator
 from monai.utils import ensure_tuple, string_list_all_gather
 
+from ..data.cine import nifti_series
+from ..data.formats import NIFTI
 from ..data.loading import LoadVolumed
 from ..errors import DataError, WriteError, beginning
 from ..results.label_maps import SaveImageLabelMapd
+from ..results.measuring import Measures
+from ..results.report import Overlays
 
 __all__ = ["CaseEvaluator", "unfinished"]
 
@@ -24,15 +28,22 @@ logger = logging.getLogger(__name__)
 class CaseEvaluator(SupervisedEvaluator):
     """:class:`monai.engines.SupervisedEvaluator` that goes on after a case that it cannot do, and names it at the end.
 
-    Such is a file that cannot be used, or one that does not fit into memory. Where nothing can be written it stops.
+    Such is a file that cannot be used, or one that does not fit into memory. Of a time series, no further frame is
+    taken after one that failed. Where nothing can be written it stops. What the inferer keeps in its ``maps``, as
+    :class:`networks.engine.inferers.LabelInferer` does, is postprocessed along with the label maps, under its names.
 
     Raises:
         DataError: by ``run``, when all other cases are done: which failed, and why. With several processes, in each.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._take_maps)
+
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Do all cases of the loader; see :class:`monai.engines.Evaluator`."""
         self.failed: list[str] = []
+        self._bad: set[str] = set()
         loader, batches = self.data_loader, self._usable(self.data_loader)
         self.data_loader, self.state.epoch_length = batches, None
         try:
@@ -52,25 +63,24 @@ class CaseEvaluator(SupervisedEvaluator):
         """
         return self.state.device.type != "cpu" and batch["image"].nbytes <= 2**30
 
-    def _usable(self, loader: Iterable) -> Generator[Any, None, None]:
-        """The batches that can be read.
+    def _usable(self, loader: Any) -> Generator[Any, None, None]:
+        """The batches that can be read, of cases that have not failed.
 
         A loader goes on after an error, in its workers too.
         """
         batches = iter(loader)
         with ThreadPoolExecutor(1) as reader:
             following: Future | None = None
-            while True:
+            for image in _images(loader):
                 try:
                     batch = (following or reader.submit(next, batches, None)).result()
                 except DataError as error:
-                    self._note(str(error))
+                    self._note(str(error), image)
                     following = None
                     continue
-                if batch is None:
-                    return
                 following = reader.submit(next, batches, None) if self.reads_ahead(batch) else None
-                yield batch
+                if image not in self._bad:
+                    yield batch
                 del batch
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict:
@@ -79,14 +89,24 @@ class CaseEvaluator(SupervisedEvaluator):
         except Exception as error:
             if isinstance(beginning(error), WriteError):  # nor could the next be written
                 raise
-            files = ", ".join(ensure_tuple(batchdata["image"].meta["filename_or_obj"]))
-            self._note(f"{files}: {type(error).__name__}: {error}", trace=True)
+            image = str(ensure_tuple(batchdata["image"].meta["filename_or_obj"])[0])
+            self._note(f"{image}: {type(error).__name__}: {error}", image, trace=True)
             engine.state.batch, engine.state.output = [], []  # nothing for the handlers of an iteration
             return engine.state.output
 
-    def _note(self, reason: str, trace: bool = False) -> None:
-        logger.error(reason, exc_info=trace)
-        self.failed.append(reason)
+    def _note(self, reason: str, image: str, trace: bool = False) -> None:
+        if image not in self._bad:
+            logger.error(reason, exc_info=trace)
+            self.failed.append(reason)
+        self._bad.add(image)
+
+    def _take_maps(self) -> None:
+        self.state.output |= getattr(self.inferer, "maps", {})
+
+
+def _images(loader: Any) -> Iterator[str]:
+    """The image of each batch of a loader, all of whose items are of one case."""
+    return (str(loader.dataset.data[indices[0]]["image"]) for indices in loader.batch_sampler)
 
 
 def unfinished(
@@ -94,16 +114,18 @@ def unfinished(
     saver: SaveImageLabelMapd,
     newer_than: Sequence[str | Path],
     overlay: bool = False,
+    measures: Measures | None = None,
     resume: bool = True,
 ) -> list[Mapping[str, Any]]:
     """The cases without a label map that is whole and newer than the image and than all that it was made by.
 
     Args:
-        cases: ``{"image": path}`` each.
+        cases: ``{"image": path}`` each, and ``"series"`` of those over time.
         saver: what names the label maps.
         newer_than: files such as weights and the record of the config; one that is absent makes all cases unfinished.
         overlay: a case needs its :class:`networks.results.report.Overlays` picture too, which is written after the
             label map.
+        measures: a case needs its measures too, likewise, where these are enabled.
         resume: False takes all cases.
 
     Returns:
@@ -115,11 +137,12 @@ def unfinished(
     if not resume:
         return list(cases)
     made_by = [Path(file) for file in newer_than]
-    targets = [saver.target(case["image"]) for case in cases]
-    pictures = [target.with_name(f"{target.name.rpartition('_seg')[0]}_overlay.png") for target in targets]
+    measured = measures if measures is not None and measures.enabled else None
     done = [
-        _is_done(case["image"], target, made_by) and (not overlay or picture.is_file())
-        for case, target, picture in zip(cases, targets, pictures, strict=True)
+        _is_done(case["image"], saver.target(case["image"]), made_by)
+        and (not overlay or Overlays.picture(saver, case).is_file())
+        and (measured is None or measured.file(case["image"]).is_file())
+        for case in cases
     ]
     found = [[case for case, whole in zip(cases, done, strict=True) if not whole]]
     if torch.distributed.is_initialized():
@@ -134,14 +157,16 @@ def unfinished(
 
 
 def _is_done(image: str, target: Path, made_by: Sequence[Path]) -> bool:
-    before = [*made_by, Path(image), *(Path(image).iterdir() if Path(image).is_dir() else ())]
+    before = [*made_by, Path(image), *(Path(image).rglob("*") if Path(image).is_dir() else ())]
     if not target.is_file() or not all(file.exists() for file in before):
         return False
     if target.stat().st_mtime_ns <= max(_changed(file) for file in before):
         return False
+    load = LoadVolumed("pred", suffixes=("",))
     try:
-        LoadVolumed("pred", suffixes=("",))({"pred": target})
-    except DataError:
+        series = nifti_series(target) if target.name.endswith(NIFTI) else None
+        load({"pred": target} if series is None else {"pred": target, "series": series, "frame": series.frames - 1})
+    except Exception:  # of another program, or not whole
         return False
     return True
 

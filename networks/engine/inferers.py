@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,16 +31,23 @@ class LabelInferer(Inferer):
             CPU that has it, it is faster too, but rounds otherwise.
         flips: take the mean of the class probabilities of each slice and its three mirror images, in four times the
             time. A network that was trained without flips knows left from right, and loses by it.
-        probabilities: take a network in training mode too, and give its class probabilities at the network's size:
-            MONAI Label's scoring compares them under dropout.
+        training: take a network in training mode too, and give its class probabilities at the network's size: MONAI
+            Label's scoring compares them under dropout.
+        confidence: keep the probability of the chosen class of each voxel in ``maps``.
+        entropy: keep that of the class probabilities p, -sum p log p / log(classes): 0 of a sure voxel, 1 of one
+            whose classes are all as likely.
+        probabilities: keep all class probabilities.
+
+    Attributes:
+        maps: of the last call, by name, as halves: ``B, 1, H, W, D``, of probabilities ``B, classes, H, W, D``.
 
     Shape:
         ``B, C, H, W, D`` to label maps ``B, 1, H, W, D`` of unsigned 8 bit; of a network in training mode to
         ``B, classes, *size, D`` of floats.
 
     Raises:
-        DataError: when the network is in training mode and ``probabilities`` are not asked for, or it has more
-            classes than a label map holds.
+        DataError: when the network is in training mode and ``training`` is False, or it has more classes than a label
+            map holds.
     """
 
     def __init__(
@@ -48,10 +56,17 @@ class LabelInferer(Inferer):
         batch_size: int = 8,
         bfloat16: bool | None = None,
         flips: bool = False,
+        training: bool = False,
+        confidence: bool = False,
+        entropy: bool = False,
         probabilities: bool = False,
     ) -> None:
         super().__init__()
+        self.training = training
+        self.confidence = confidence
+        self.entropy = entropy
         self.probabilities = probabilities
+        self.maps: dict[str, Tensor] = {}
         self.size = (size[0], size[1])
         self.batch_size = batch_size
         self.bfloat16 = bfloat16
@@ -62,10 +77,10 @@ class LabelInferer(Inferer):
         b, _, h, w, depth = volumes.shape
         slices = volumes.movedim(4, 1).flatten(0, 1)
         training = getattr(network, "training", False)
-        if training and not self.probabilities:
+        if training and not self.training:
             raise DataError("The network is in training mode, and would segment at random: call its eval() first.")
         bfloat16 = volumes.is_cuda and has_bfloat16(volumes.device) if self.bfloat16 is None else self.bfloat16
-        found = []
+        found: dict[str, list[Tensor]] = {"pred": []}
         for batch in slices.split(self.batch_size):
             x = _resize(batch, self.size)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
@@ -76,11 +91,32 @@ class LabelInferer(Inferer):
             if logits.shape[1] > 256:
                 raise DataError(f"The network has {logits.shape[1]} classes, more than the 256 that a label map holds.")
             if training:
-                found.append(logits.softmax(1))
-            else:
-                found.append(_resize(logits, (h, w)).argmax(1, keepdim=True).to(torch.uint8))
-        labels = torch.cat(found).unflatten(0, (b, depth)).movedim(1, 4)
-        return MetaTensor(labels).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else labels
+                found["pred"].append(logits.softmax(1))
+                continue
+            logits = _resize(logits, (h, w))
+            found["pred"].append(logits.argmax(1, keepdim=True).to(torch.uint8))
+            for name, values in self._maps(logits).items():
+                found.setdefault(name, []).append(values)
+        volumes_of = {name: torch.cat(f).unflatten(0, (b, depth)).movedim(1, 4) for name, f in found.items()}
+        if isinstance(inputs, MetaTensor):
+            volumes_of = {name: MetaTensor(v).copy_meta_from(inputs) for name, v in volumes_of.items()}
+        labels = volumes_of.pop("pred")
+        self.maps = volumes_of
+        return labels
+
+    def _maps(self, logits: Tensor) -> dict[str, Tensor]:
+        """What is kept beside the label map, of a batch of slices."""
+        if not (self.confidence or self.entropy or self.probabilities):
+            return {}
+        likely = logits if self.flips else logits.softmax(1)
+        maps = {}
+        if self.confidence:
+            maps["confidence"] = likely.amax(1, keepdim=True)
+        if self.entropy:
+            maps["entropy"] = torch.special.entr(likely).sum(1, keepdim=True) / math.log(likely.shape[1])
+        if self.probabilities:
+            maps["probabilities"] = likely
+        return {name: values.half() for name, values in maps.items()}
 
 
 class AutocastInferer(SimpleInferer):

@@ -1,8 +1,20 @@
-"""Files out. Configs name from here: SaveImageLabelMapd, metric_handlers, History, Report, Overlays."""
+"""Files out. Configs name from here: SaveImageLabelMapd, SaveImageMapsd, Measures, metric_handlers, History, Report,
+HeartReport, Overlays."""
 
+from .function import HeartReport
 from .history import History
-from .label_maps import SaveImageLabelMapd
+from .label_maps import SaveImageLabelMapd, SaveImageMapsd
+from .measuring import Measures
 from .metrics import metric_handlers
 from .report import Overlays, Report
 
-__all__ = ["History", "Overlays", "Report", "SaveImageLabelMapd", "metric_handlers"]
+__all__ = [
+    "HeartReport",
+    "History",
+    "Measures",
+    "Overlays",
+    "Report",
+    "SaveImageLabelMapd",
+    "SaveImageMapsd",
+    "metric_handlers",
+]

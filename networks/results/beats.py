@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import ndimage
 
+from ..data.cine import TimeSeries, nifti_series
+from ..data.geometry import slices_along
 from ..errors import DataError
 from ..storage import whole_file
 from .hearts import NAMES, RIGHT_FIRST, known_times
-from .pictures import COLOURS
+from .pictures import COLOURS, turned, upright
 
-__all__ = ["beating", "save_gif", "volume_curve"]
+__all__ = ["beating", "beating_file", "save_gif", "volume_curve"]
 
 _DPI = 100
 _TILE = 144  # pixels of a slice's longer side in the GIF
@@ -80,8 +83,8 @@ def beating(
 
     Args:
         images: one volume ``X, Y, Z`` a frame, any range; grey values are shown between the 1st and 99th percentile of
-            all frames.
-        labels: their label maps.
+            all frames. A sequence that reads each frame as it is asked for keeps memory small.
+        labels: their label maps, likewise.
         spacing: size of a voxel in millimetres, so that pixels become square.
         numbers: label numbers of ``lv``, ``myo`` and ``rv``.
         axis: of X, Y and Z, the one across the slices.
@@ -98,24 +101,61 @@ def beating(
     if not len(images) or len(images) != len(labels):
         raise DataError(f"The beating heart needs a label map a frame, got {len(labels)} for {len(images)} frames.")
     shape = labels[0].shape
-    if len(shape) != 3 or any(array.shape != shape for array in (*images, *labels)):
-        raise DataError("The frames of the beating heart differ in shape.")
     window, places = _view(labels, tuple(numbers.values()), axis, slices)
     shown = range(0, len(images), -(-len(images) // _MOST_FRAMES))
-    grey = [[_cut(images[t], axis, place, window) for place in places] for t in shown]
+    grey = [_cut(images[t], shape, axis, places, window) for t in shown]
     low, high = np.percentile(np.array(grey, float), (1, 99))
     pixel = [mm for a, mm in enumerate(spacing) if a != axis]
     size = _tile([n * mm for n, mm in zip(grey[0][0].shape, pixel, strict=True)])
     pictures = []
     for t, planes in zip(shown, grey, strict=True):
-        tiles = [
-            _tile_of(plane, _cut(labels[t], axis, place, window), numbers, size, (low, high))
-            for plane, place in zip(planes, places, strict=True)
-        ]
+        masks = _cut(labels[t], shape, axis, places, window)
+        tiles = [_tile_of(*pair, numbers, size, (low, high)) for pair in zip(planes, masks, strict=True)]
         picture = Image.fromarray(np.concatenate(tiles).T).convert("P")
         picture.putpalette(_palette())
         pictures.append(picture)
     return pictures
+
+
+def beating_file(series: TimeSeries, label_file: str | Path, numbers: Mapping[str, int]) -> list[Image.Image]:
+    """:func:`beating` of a time series and its label map, read frame by frame.
+
+    Args:
+        series: the images.
+        label_file: NIfTI ``X, Y, Z, T`` on their grid.
+        numbers: label numbers in it.
+
+    Returns:
+        Pictures with a palette.
+    """
+    labels = nifti_series(label_file)
+    assert labels is not None
+    first = turned(series.read(0))
+    return beating(
+        _Frames(series),
+        _Frames(labels),
+        first.pixdim.tolist(),
+        numbers,
+        axis=slices_along(first.affine, first.shape[1:]),
+    )
+
+
+class _Frames(Sequence[np.ndarray]):
+    """The frames of a series, :func:`networks.results.pictures.upright`, each read as it is asked for."""
+
+    def __init__(self, series: TimeSeries) -> None:
+        self.series = series
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.series.frames
+
+    def __getitem__(self, frame: Any) -> Any:
+        if frame >= len(self):
+            raise IndexError(frame)
+        if self._last is None or self._last[0] != frame:
+            self._last = frame, upright(self.series.read(frame))
+        return self._last[1]
 
 
 def save_gif(pictures: Sequence[Image.Image], path: Path, beat: float = 1000) -> None:
@@ -141,6 +181,7 @@ def _view(
     shape: tuple[int, ...] = labels[0].shape
     heart = np.zeros(shape, bool)
     for label in labels:
+        _check_shape(label, shape)
         heart |= np.isin(label, numbers)
     box = ndimage.find_objects(heart.astype(np.uint8))
     ends = [(s.start, s.stop) for s in box[0]] if box else [(0, n) for n in shape]
@@ -153,8 +194,17 @@ def _view(
     return window, sorted(places)
 
 
-def _cut(volume: np.ndarray, axis: int, place: int, window: Sequence[slice]) -> np.ndarray:
-    return volume.take(place, axis)[tuple(window)]
+def _check_shape(volume: np.ndarray, shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or volume.shape != shape:
+        raise DataError("The frames of the beating heart differ in shape.")
+
+
+def _cut(
+    volume: np.ndarray, shape: tuple[int, ...], axis: int, places: Sequence[int], window: Sequence[slice]
+) -> list[np.ndarray]:
+    """The window of some slices of a volume."""
+    _check_shape(volume, shape)
+    return [volume.take(place, axis)[tuple(window)] for place in places]
 
 
 def _tile(lengths: Sequence[float]) -> tuple[int, int]:

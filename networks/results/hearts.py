@@ -39,10 +39,11 @@ __all__ = [
     "RIGHT_FIRST",
     "body_surface",
     "ed_and_es",
-    "frame_times",
+    "frame_shapes",
     "frame_volumes",
     "function_flags",
     "heart_function",
+    "heart_numbers",
     "known_times",
     "rate_of_intervals",
     "rate_of_times",
@@ -61,9 +62,6 @@ DENSITY = 1.05  # g/mL of myocardium
 EF_RANGE = (5, 85)  # percent
 MYOCARDIUM_CHANGE = 0.2  # of its greatest volume: muscle hardly compresses
 RATES = (30, 220)  # beats a minute; others are headers' errors, or frames of a part of the beat
-
-_UNITS = {"sec": 1000.0, "msec": 1.0, "usec": 0.001}
-"""Milliseconds in NIfTI's units of time, as nibabel calls them."""
 
 
 def frame_volumes(
@@ -209,22 +207,6 @@ def known_times(times: Sequence[float]) -> bool:
     return len(times) > 1 and bool(np.isfinite(times).all() and (np.diff(times) > 0).all())
 
 
-def frame_times(step: float, unit: str, frames: int) -> list[float] | None:
-    """Times of the frames of a NIfTI.
-
-    Args:
-        step: its ``pixdim[4]``.
-        unit: of time, as nibabel's ``get_xyzt_units`` calls it.
-        frames: how many.
-
-    Returns:
-        Milliseconds from the first frame on; None where the unit is none of time or the step not positive.
-    """
-    if unit not in _UNITS or not 0 < step < math.inf:
-        return None
-    return [frame * step * _UNITS[unit] for frame in range(frames)]
-
-
 def _plausible(rate: float) -> float | None:
     return rate if RATES[0] <= rate <= RATES[1] else None
 
@@ -290,43 +272,74 @@ def function_flags(
     return flags
 
 
-def shape_flags(
-    labels: Sequence[np.ndarray],
-    numbers: Mapping[str, int] = RIGHT_FIRST,
-    axis: int = 2,
-    frames: Sequence[int] | None = None,
-) -> list[str]:
-    """What a reader must look at in the shapes of the structures.
+def heart_numbers(names: Mapping[int, str]) -> dict[str, int] | None:
+    """Label numbers of ``lv``, ``myo`` and ``rv``, if these are the structures of some label maps.
 
     Args:
-        labels: as of :func:`frame_volumes`.
-        numbers: likewise.
+        names: of the structures, by their numbers.
+
+    Returns:
+        The numbers of those that are called as in :data:`NAMES`; None where one is missing.
+    """
+    numbers = {side: n for side, name in NAMES.items() for n, known in names.items() if known.lower() == name}
+    return numbers if len(numbers) == len(NAMES) else None
+
+
+def frame_shapes(
+    label: np.ndarray,
+    numbers: Mapping[str, int] = RIGHT_FIRST,
+    axis: int = 2,
+    seen: Sequence[tuple[int, int]] | None = None,
+) -> list[str]:
+    """What a reader must look at in the shapes of the structures in one frame.
+
+    Args:
+        label: ``X, Y, Z``.
+        numbers: as of :func:`frame_volumes`.
         axis: of X, Y and Z, the one across the slices.
+        seen: first voxel and the one behind the last that the network saw, along each axis; by default all.
+
+    Returns:
+        ``NAME: what`` for each: a ventricle that is missing between slices that have it; a structure in several parts,
+        which do not touch even at a corner; a structure at an edge of what was seen of the slices. The first and the
+        last slice are no such edge: a stack often ends in the ventricles.
+
+    Raises:
+        DataError: on other axes or label numbers.
+    """
+    (boxes,) = _frame_boxes([label], numbers)
+    window = [(0, size) for size in label.shape] if seen is None else seen
+    flags = []
+    for side, name in NAMES.items():
+        if numbers[side] not in boxes:
+            continue
+        box, mask = boxes[numbers[side]], _mask(label, boxes, numbers[side])
+        slices = mask.any(tuple(a for a in range(3) if a != axis))
+        if side != "myo" and not slices.all():
+            flags.append(f"{name}: missing between slices that have it")
+        if components(mask) > 1:
+            flags.append(f"{name}: in several parts")
+        if any(box[a].start <= window[a][0] or box[a].stop >= window[a][1] for a in range(3) if a != axis):
+            flags.append(f"{name}: at the edge of the field of view")
+    return flags
+
+
+def shape_flags(shapes: Sequence[Sequence[str]], frames: Sequence[int] | None = None) -> list[str]:
+    """What a reader must look at in the shapes of the structures, each flag once with its frames.
+
+    Args:
+        shapes: what :func:`frame_shapes` says of each frame.
         frames: what the frames are called, by default 0, 1, 2, ...
 
     Returns:
-        A sentence for each, with the frames: a ventricle that is missing between slices that have it; a structure in
-        several parts, which do not touch even at a corner; a structure at an edge of the slices. The first and the last
-        slice are no such edge: a stack often ends in the ventricles.
-
-    Raises:
-        DataError: on frames of different shapes or other label numbers.
+        A sentence for each.
     """
+    called = range(len(shapes)) if frames is None else frames
     found: dict[str, list[int]] = {}
-    for t, (frame, boxes) in enumerate(zip(labels, _frame_boxes(labels, numbers), strict=True)):
-        for side, name in NAMES.items():
-            if numbers[side] not in boxes:
-                continue
-            box, mask = boxes[numbers[side]], _mask(frame, boxes, numbers[side])
-            slices = mask.any(tuple(a for a in range(3) if a != axis))
-            if side != "myo" and not slices.all():
-                found.setdefault(f"{name}: missing between slices that have it", []).append(t)
-            if components(mask) > 1:
-                found.setdefault(f"{name}: in several parts", []).append(t)
-            if any(box[a].start == 0 or box[a].stop == frame.shape[a] for a in range(3) if a != axis):
-                found.setdefault(f"{name}: at the edge of the field of view", []).append(t)
-    called = range(len(labels)) if frames is None else frames
-    return [f"{flag}, in {_listed([called[t] for t in times])}" for flag, times in found.items()]
+    for name, flags in zip(called, shapes, strict=True):
+        for flag in flags:
+            found.setdefault(flag, []).append(name)
+    return [f"{flag}, in {_listed(names)}" for flag, names in found.items()]
 
 
 def _listed(frames: Sequence[int]) -> str:

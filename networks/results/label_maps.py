@@ -1,4 +1,4 @@
-"""Label maps out: on the input's own grid, under its own name."""
+"""Maps out, of labels and of how sure they are: on the input's own grid, under its own name, of all frames in one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import numpy as np
 from monai.config import KeysCollection, PathLike
 from monai.data import NibabelWriter
 from monai.data.folder_layout import default_name_formatter
-from monai.transforms import SaveImage, SaveImaged
+from monai.transforms import MapTransform, SaveImage, SaveImaged
 from monai.utils import get_equivalent_dtype
+from PIL import Image
 
 from ..data.folders import folder_of
 from ..data.formats import NIFTI, PICTURES, SERIES
 from ..data.readers import file_of, load_nifti
+from ..errors import DataError
 from ..storage import whole_file
 from .pictures import label_picture
 
-__all__ = ["LabelMapWriter", "SaveImageLabelMapd"]
+__all__ = ["LabelMapWriter", "SaveImageLabelMapd", "SaveImageMapsd", "result_file"]
 
 
 class LabelMapWriter(NibabelWriter):
@@ -31,8 +33,13 @@ class LabelMapWriter(NibabelWriter):
     themselves, and readers differ in which part they believe. The map has the input's exact shape but for channels, a
     trailing dimension of 1 included. Of a picture, the map is a PNG whose pixel values are the classes, shown in
     :data:`networks.results.pictures.COLOURS`. It is written under a temporary name and renamed when whole. For an input
-    of another format, MONAI's affine is written.
+    of another format, MONAI's affine is written, and the time between frames where ``step`` says it.
+
+    Attributes:
+        step: milliseconds from frame to frame of a map ``X, Y, Z, T``; 0 where they are not known.
     """
+
+    step: float = 0.0
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
         self.source = str((meta_dict or {}).get("filename_or_obj", ""))
@@ -46,6 +53,8 @@ class LabelMapWriter(NibabelWriter):
             image = label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T)
         elif self.source.lower().endswith(NIFTI) and not Path(self.source).is_dir():
             image = self._like(load_nifti(self.source))
+        elif self.data_obj.shape[3] > 1:
+            image = self._over_time()
         with whole_file(target) as name:
             if image is None:
                 self.data_obj = self.data_obj[..., 0]  # of X, Y, Z, 1: a series has no channels
@@ -66,24 +75,63 @@ class LabelMapWriter(NibabelWriter):
         image.header.extensions.clear()
         return image
 
+    def _over_time(self) -> Any:
+        """The label map of a time series that is no NIfTI file."""
+        image = nib.Nifti1Image(np.asarray(self.data_obj).astype(self.output_dtype), self.affine)
+        image.header.set_zooms((*image.header.get_zooms()[:3], self.step))
+        image.header.set_xyzt_units("mm", "msec" if self.step else None)
+        return image
+
+
+class _Joined:
+    """Frames put together in memory, one series at a time, until all are there."""
+
+    def __init__(self) -> None:
+        self._source = ""
+        self._values = np.empty(0)
+
+    def __call__(self, case: Mapping[Hashable, Any], values: np.ndarray, source: str) -> np.ndarray | None:
+        """``X, Y, Z, ...`` of a volume as it is, of a series as ``X, Y, Z, T, ...`` at its last frame, else None."""
+        if "frame" not in case:
+            return values
+        frame, frames = int(case["frame"]), int(case["frames"])
+        if frame == 0:
+            self._source = source
+            self._values = np.zeros((*values.shape[:3], frames, *values.shape[3:]), values.dtype)
+        if source != self._source or self._values.shape[:3] != values.shape[:3]:
+            raise DataError(f"{source}: frame {frame} has another grid than frame 0. Export the series again.")
+        self._values[:, :, :, frame] = values
+        if frame < frames - 1:
+            return None
+        whole, self._values = self._values, np.empty(0)
+        return whole
+
 
 class SaveImageLabelMapd(SaveImaged):
     """:class:`monai.transforms.SaveImaged` for label maps: ``NAME_seg`` by :class:`LabelMapWriter`.
 
-    ``SaveImage`` in its name tells MONAI Deploy to leave it out.
+    The frames of a time series become one file ``X, Y, Z, T``, when the last of them comes. ``SaveImage`` in its name
+    tells MONAI Deploy to leave it out.
 
     Args:
         keys: keys of the label maps, ``1, X, Y, Z`` on the image file's grid.
         output_dir: where to write.
         output_ext: ``".nii.gz"``, or ``".png"`` of pictures.
         data_root_dir: the images' folder, or the one image; subfolders are made in ``output_dir`` too.
+        numbers: those of the classes in the file, ``{1: 3, 2: 2, 3: 1}``; a class that is not named keeps its own.
 
     Raises:
+        DataError: when numbers are no different whole numbers from 0 to 255.
         OSError: when the file cannot be written, with its name. MONAI would tell of it as a missing writer.
     """
 
     def __init__(
-        self, keys: KeysCollection, output_dir: str | Path, output_ext: str = ".nii.gz", data_root_dir: str | Path = ""
+        self,
+        keys: KeysCollection,
+        output_dir: str | Path,
+        output_ext: str = ".nii.gz",
+        data_root_dir: str | Path = "",
+        numbers: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__(
             keys,
@@ -93,6 +141,9 @@ class SaveImageLabelMapd(SaveImaged):
             data_root_dir=str(data_root_dir and folder_of(data_root_dir)),
             separate_folder=False,
         )
+        self.output_dir = Path(output_dir)
+        self.numbers = _numbers(numbers or {})
+        self._joined = _Joined()
 
     def target(self, image: str | Path) -> Path:
         """The file of an image's label map. Its folder is made."""
@@ -101,11 +152,80 @@ class SaveImageLabelMapd(SaveImaged):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            writer = LabelMapWriter(output_dtype=np.uint8)
-            writer.set_data_array(d[key], channel_dim=0, squeeze_end_dims=False)
-            writer.set_metadata(d[key].meta, resample=False)
-            writer.write(self.target(file_of(d[key])))
+            label = self.numbers[np.asarray(d[key].cpu(), np.uint8)[0]]
+            whole = self._joined(d, label, file_of(d[key]))
+            if whole is not None:
+                writer = LabelMapWriter(output_dtype=np.uint8)
+                writer.set_data_array(
+                    whole if whole.ndim == 4 else whole[..., None], channel_dim=-1, squeeze_end_dims=False
+                )
+                writer.set_metadata(d[key].meta, resample=False)
+                writer.step = float(d.get("step", 0))
+                writer.write(self.target(file_of(d[key])))
         return d
+
+
+def _numbers(numbers: Mapping[int, int]) -> np.ndarray:
+    """The number in the file of each class, 256 of them."""
+    table = np.arange(256)
+    named = {int(known): number for known, number in numbers.items()}  # texts in JSON
+    values = list(named.values())
+    if not all(isinstance(n, int) and 0 <= n < 256 for n in (*named, *values)) or len(set(values)) < len(values):
+        raise DataError(
+            f"label_numbers are the classes and their numbers in the file, each from 0 to 255 and once, got {numbers}."
+        )
+    for known, number in named.items():
+        table[known] = number
+    return table.astype(np.uint8)
+
+
+class SaveImageMapsd(MapTransform):
+    """Save maps of how sure the label maps are, beside these.
+
+    - ``entropy``: ``NAME_entropy.nii.gz`` of floats from 0 to 1; of a picture a PNG, where 255 is 1.
+    - ``probabilities``: ``NAME_probabilities.nii.gz``, ``X, Y, Z, class``, of a time series ``X, Y, Z, T, class``, of
+      floats; of a picture a PNG for each class but the background, ``NAME_probability1.png``, where 255 is 1.
+
+    Args:
+        keys: of the maps, ``C, X, Y, Z`` on the image file's grid; their names are the files' too.
+        saver: names the label maps.
+    """
+
+    def __init__(self, keys: KeysCollection, saver: SaveImageLabelMapd) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.saver = saver
+        self._joined: dict[Hashable, _Joined] = {key: _Joined() for key in self.keys}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            source = file_of(d[key])
+            values = np.moveaxis(np.asarray(d[key].cpu()), 0, -1)
+            if key == "probabilities":  # outside the field of view all are 0 until here
+                values[..., 0] = 1 - values[..., 1:].sum(-1)
+            whole = self._joined[key](d, values, source)
+            if whole is None:
+                continue
+            if source.lower().endswith(PICTURES):
+                self._save_pictures(str(key), whole[:, :, 0], source)
+                continue
+            volume = whole[..., 0] if key == "entropy" else whole
+            image = nib.Nifti1Image(volume.astype(np.float32), np.asarray(d[key].affine))
+            with whole_file(result_file(self.saver, source, f"{key}.nii.gz")) as name:
+                nib.save(image, name)
+        return d
+
+    def _save_pictures(self, key: str, values: np.ndarray, source: str) -> None:
+        names = {0: "entropy"} if key == "entropy" else {n: f"probability{n}" for n in range(1, values.shape[-1])}
+        for channel, called in names.items():
+            with whole_file(result_file(self.saver, source, f"{called}.png")) as name:
+                Image.fromarray((255 * values[..., channel].T.clip(0, 1)).round().astype(np.uint8)).save(name)
+
+
+def result_file(saver: SaveImageLabelMapd, image: str | Path, ending: str) -> Path:
+    """The file of an image's results beside its label map ``NAME_seg``: ``NAME_ending``."""
+    target = saver.target(image)
+    return target.with_name(f"{target.name.rpartition('_seg')[0]}_{ending}")
 
 
 def _result_name(meta: dict[str, Any], saver: SaveImage) -> dict[str, Any]:

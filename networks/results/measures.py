@@ -28,7 +28,16 @@ from ..data.formats import MOST_CLASSES
 from ..errors import DataError
 from ..storage import write_csv
 
-__all__ = ["components", "measures", "read_measures", "structure_boxes", "voxel_size", "write_measures"]
+__all__ = [
+    "column_of",
+    "components",
+    "measures",
+    "read_measures",
+    "structure_boxes",
+    "structure_names",
+    "voxel_size",
+    "write_measures",
+]
 
 
 def measures(
@@ -81,6 +90,27 @@ def measures(
     if probability is not None:
         row["confidence"] = chosen / total if total else math.nan
     return row
+
+
+def structure_names(labels: Mapping[str, str] | Sequence[str], num_classes: int) -> dict[int, str]:
+    """Names of the structures by their numbers, without the background.
+
+    Args:
+        labels: names by number, such as the metadata's ``channel_def``, where 0 is the background; or a list of them
+            without it.
+        num_classes: of the network. Where there are others than named, the names are ``class 1`` and so on.
+
+    Returns:
+        One for each class from 1 on.
+    """
+    names = [labels[i] for i in sorted(labels, key=int)][1:] if isinstance(labels, Mapping) else list(labels)
+    known = len(names) == num_classes - 1
+    return {n: names[n - 1] if known else f"class {n}" for n in range(1, num_classes)}
+
+
+def column_of(name: str) -> str:
+    """How the columns of a structure begin: its name in lower case, words joined by ``_``."""
+    return "_".join(re.findall(r"\w+", name.lower()))
 
 
 def structure_boxes(label: np.ndarray, known: Collection[int], what: str = "The label map") -> dict[int, tuple]:
@@ -179,8 +209,8 @@ def _cell(value: float | str) -> str:
 
 
 def _columns(names: Mapping[int, str]) -> dict[int, str]:
-    """How the columns of each structure begin: its name in lower case, words joined by ``_``."""
-    columns = {number: "_".join(re.findall(r"\w+", name.lower())) for number, name in names.items()}
+    """How the columns of each structure begin."""
+    columns = {number: column_of(name) for number, name in names.items()}
     if not names or 0 in names or "" in columns.values() or len(set(columns.values())) < len(columns):
         raise DataError(f"Structures need names of their own by numbers from 1 on, got {dict(names)}.")
     return columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,10 +13,11 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 from PIL import Image
 
+from ..data.cine import nifti_series
 from ..data.formats import PICTURES
 from ..data.readers import read_image
 
-__all__ = ["COLOURS", "curves", "label_picture", "overlay", "read_slice", "thin", "upright"]
+__all__ = ["COLOURS", "curves", "label_picture", "overlay", "read_slice", "thin", "turned", "upright"]
 
 COLOURS = (
     (60, 190, 90),
@@ -105,18 +107,20 @@ def curves(history: Sequence[Mapping[str, str]]) -> Figure:
     return figure
 
 
-def read_slice(file: str, axis: int, index: int) -> np.ndarray:
+def read_slice(file: str, axis: int, index: int, frame: int | None = None) -> np.ndarray:
     """One slice of an image file, as :func:`overlay` takes it.
 
     Args:
         file: a volume or a picture.
         axis: axis of the :func:`upright` volume to cut across.
         index: position along it.
+        frame: of a time series, from 0.
 
     Returns:
         ``H, W`` or, of an RGB picture, ``H, W, 3``.
     """
-    image = read_image(file)
+    series = None if frame is None else nifti_series(file)
+    image = read_image(file) if series is None else series.read(frame or 0)
     if image.ndim == 3:
         picture = np.asarray(image)
         return picture[0].T if len(picture) == 1 else picture[:3].transpose(2, 1, 0)
@@ -135,8 +139,13 @@ def upright(volume: MetaTensor) -> np.ndarray:
     """
     if str(volume.meta.get("filename_or_obj", "")).lower().endswith(PICTURES):
         return np.asarray(volume.cpu())[0]
+    return np.asarray(turned(volume).cpu())[0]
+
+
+def turned(volume: MetaTensor) -> Any:
+    """A volume ``C, X, Y, Z`` with its axes towards left, posterior and inferior, as :func:`upright`."""
     labels = (("L", "R"), ("P", "A"), ("I", "S"))
-    return np.asarray(Orientation(axcodes="LPI", labels=labels)(volume).cpu())[0]
+    return Orientation(axcodes="LPI", labels=labels)(volume)
 
 
 def label_picture(label: np.ndarray) -> Image.Image:

@@ -15,9 +15,12 @@ from monai.engines import Evaluator
 from monai.utils import string_list_all_gather
 from torch import Tensor
 
-from ..data.folders import folder_of
 from ..storage import whole_file, write_csv
+from .beats import beating_file, save_gif
+from .hearts import heart_numbers
 from .history import read_history
+from .label_maps import SaveImageLabelMapd, result_file
+from .measures import structure_names
 from .metrics import DISTANCES
 from .pictures import curves, overlay, read_slice, thin, upright
 
@@ -54,13 +57,11 @@ class Report:
         metric: str = "val_mean_dice",
     ) -> None:
         self.output_dir = Path(output_dir)
-        if isinstance(labels, Mapping):
-            labels = [labels[i] for i in sorted(labels, key=int)][1:]
-        self.labels = list(labels)
+        self.labels = labels
         self.convention = convention
         self.metric = metric
         self._names: list[str] = []
-        self._views: list[tuple[str, int, int, np.ndarray, np.ndarray]] = []
+        self._views: list[tuple[tuple[str, int, int, int | None], np.ndarray, np.ndarray]] = []
 
     def attach(self, evaluator: Evaluator) -> None:
         """Attach to an evaluator."""
@@ -77,22 +78,23 @@ class Report:
             truth, pred = (_label_map(output[key]) for key in ("label", "pred"))
             axis, index = _fullest_slice(2 * (truth > 0).astype(np.uint8) + (pred > 0))
             self._names.append(_name(case))
-            self._views.append((_file(case), axis, index, thin(truth.take(index, axis)), thin(pred.take(index, axis))))
+            frame = int(case["frame"]) if "frame" in case else None
+            place = (_file(case), axis, index, frame)
+            self._views.append((place, thin(truth.take(index, axis)), thin(pred.take(index, axis))))
 
     def _write(self, evaluator: Evaluator) -> None:
         details = {name: scores.cpu().double() for name, scores in evaluator.state.metric_details.items()}
         scores = details[self.metric]
         first = sum(_counts(len(self._names))[: idist.get_rank()])
         names = string_list_all_gather(self._names)
-        classes = scores.shape[1]
-        labels = self.labels if len(self.labels) == classes else [f"class {i + 1}" for i in range(classes)]
+        labels = list(structure_names(self.labels, scores.shape[1] + 1).values())
         order = scores.nanmean(1).nan_to_num(-1).argsort().tolist()
         for picture, case in {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}.items():
             if first <= case < first + len(self._views):
-                file, axis, index, truth, pred = self._views[case - first]
+                place, truth, pred = self._views[case - first]
                 with whole_file(self.output_dir / f"{picture}.png") as name:
                     panels = {"truth": truth.T, "prediction": pred.T}
-                    overlay(thin(read_slice(file, axis, index)), panels, labels).savefig(name)
+                    overlay(thin(read_slice(*place)), panels, labels).savefig(name)
         if idist.get_rank() != 0:
             return
         pooled = {n: v for n, v in evaluator.state.metrics.items() if n.startswith("val_pooled_")}
@@ -112,20 +114,37 @@ class Report:
 
 
 class Overlays:
-    """Handler of an inference that saves a picture of each case, its prediction over the slice with most of it.
+    """Handler of an evaluator that draws each case: a picture of a volume, a moving one of a heart over time.
 
-    Writes ``NAME_overlay.png``, in the subfolder that the image has in its own folder.
+    Of a volume, ``NAME_overlay.png`` shows the slice with most foreground beside itself under the label map; of a time
+    series of a heart, ``NAME_beating.gif`` shows its contours. They lie beside the label map, which must be on the
+    image file's own grid.
 
     Args:
-        output_dir: where to write.
-        data_root_dir: the images' folder, or the one image.
-        enabled: False writes nothing.
+        saver: names the label maps.
+        cases: all of them; those over time have their ``"series"``.
+        labels: names of the classes; see :func:`networks.results.measures.structure_names`.
+        num_classes: of the network.
+        enabled: False draws nothing.
     """
 
-    def __init__(self, output_dir: str | Path, data_root_dir: str | Path, enabled: bool = True) -> None:
-        self.output_dir = Path(output_dir)
-        self.data_root_dir = folder_of(data_root_dir)
+    def __init__(
+        self,
+        saver: SaveImageLabelMapd,
+        cases: Sequence[Mapping[str, Any]],
+        labels: Mapping[str, str] | Sequence[str],
+        num_classes: int,
+        enabled: bool = True,
+    ) -> None:
+        self.saver = saver
+        self.series = {str(case["image"]): case["series"] for case in cases if "series" in case}
+        self.heart = heart_numbers(structure_names(labels, num_classes))
         self.enabled = enabled
+
+    @staticmethod
+    def picture(saver: SaveImageLabelMapd, case: Mapping[str, Any]) -> Path:
+        """The file of a case's picture."""
+        return result_file(saver, case["image"], "beating.gif" if "series" in case else "overlay.png")
 
     def attach(self, evaluator: Evaluator) -> None:
         """Attach to an evaluator."""
@@ -134,12 +153,17 @@ class Overlays:
 
     def _draw(self, evaluator: Evaluator) -> None:
         for case, output in zip(evaluator.state.batch, evaluator.state.output, strict=True):
-            pred = _label_map(output["pred"])
-            axis, index = _fullest_slice(pred > 0)
-            image = thin(read_slice(_file(case), axis, index))
-            folder = self.output_dir / Path(_file(case)).relative_to(self.data_root_dir).parent
-            with whole_file(folder / f"{_name(case)}_overlay.png") as name:
-                overlay(image, {"prediction": thin(pred.take(index, axis)).T}).savefig(name)
+            file = _file(case)
+            if "frame" not in case:
+                pred = _label_map(output["pred"])
+                axis, index = _fullest_slice(pred > 0)
+                image = thin(read_slice(file, axis, index))
+                with whole_file(result_file(self.saver, file, "overlay.png")) as name:
+                    overlay(image, {"prediction": thin(pred.take(index, axis)).T}).savefig(name)
+            elif self.heart is not None and int(case["frame"]) == int(case["frames"]) - 1:
+                numbers = {side: int(self.saver.numbers[number]) for side, number in self.heart.items()}
+                beat = beating_file(self.series[file], self.saver.target(file), numbers)
+                save_gif(beat, result_file(self.saver, file, "beating.gif"))
 
 
 def summary_table(

@@ -614,7 +614,7 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
     for name in train["trained_for"]:  # what there is no weights' own value of
         assert train[name] == evaluate["trained"][name] == inference["trained"][name]
         assert evaluate[name] == inference[name] == f"$@trained['{name}']"
-    for part, own in (("inferer", "probabilities"), ("network_def", "dropout")):
+    for part, own in (("inferer", "training"), ("network_def", "dropout")):
         del inference[part][own]  # of MONAI Label's scoring, of which evaluation knows nothing
     for key in ("inferer", "dataloader", "network_def", "network"):
         assert evaluate[key] == inference[key]

@@ -101,7 +101,7 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published, weights):
         configs = {Path(n).stem: archive.read(n).decode() for n in names if n.endswith(".json")}
         shipped = torch.load(io.BytesIO(archive.read("fias_acdc/models/model.pt")), weights_only=True)
     assert all(n.startswith("fias_acdc/") for n in names) and names == sorted(names)
-    for file in ("LICENSE", "models/model.pt", "docs/README.md", "docs/guide.md"):
+    for file in ("LICENSE", "models/model.pt", "docs/README.md", "docs/guide.md", "docs/HEARTS.md"):
         assert f"fias_acdc/{file}" in names
     assert f"fias_acdc/{CODE}/networks/data/slices.py" in names and not any("__pycache__" in n for n in names)
     assert not any('"networks.' in c or '"$import networks"' in c for c in configs.values())

@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from networks import DataError
 from networks.data.folders import Cases, image_files
 from networks.data.layouts import ACDC_SPLIT, BTCV_ORGANS, BTCV_SPLIT, LAYOUTS, SPLITS, cases
+from networks.data.loading import LoadVolumed
 
 
 def touch(*files: Path) -> None:
@@ -289,7 +292,8 @@ def test_files_in_folders_of_their_own_names_are_found(tmp_path):
 def test_patients_of_no_split_are_named(tmp_path, caplog):
     acdc(tmp_path)
     touch(*(tmp_path / "training" / "patient101" / f"patient101_frame01{end}.nii.gz" for end in ("", "_gt")))
-    assert list(left_out(cases("acdc", tmp_path, "train"))) == ["patient101"] and "patient101" in caplog.text
+    found = left_out(cases("acdc", tmp_path, "train"))
+    assert [name for name in found if "_4d" not in name] == ["patient101"] and "patient101" in caplog.text
 
 
 FRAMES = [f"patient{n:02d}_frame{f}" for n in range(10) for f in (1, 2)]
@@ -313,3 +317,25 @@ def test_a_pattern_says_what_a_patient_s_files_begin_with(tmp_path):
     for pattern, fact in {".": "patient", "(": r"'\('"}.items():
         with pytest.raises(DataError, match=fact):
             cases("folder", own_folder(tmp_path / "one", ["a1", "a2", "a3"]), "train", patient=pattern)
+
+
+def test_each_labelled_frame_of_a_time_series_is_a_case(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a1", "b2", "c3", "d4"):
+        image, label = rng.normal(size=(6, 5, 4, 7)).astype(np.float32), np.zeros((6, 5, 4, 7), np.uint8)
+        label[2, 2, 1, 0], label[2, 2, 1, 3] = 1, 2
+        for folder, values in {"images": image, "labels": label}.items():
+            (tmp_path / folder).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(values, np.diag([1.5, 1.5, 8, 1])), tmp_path / folder / f"{name}.nii.gz")
+    found = [case for split in ("train", "test") for case in cases("folder", tmp_path, split)]
+    first, second = sorted(
+        (case for case in found if case["id"].startswith(found[0]["id"][:2])), key=lambda c: c["frame"]
+    )
+    assert (first["id"][2:], second["id"][2:]) == ("_frame0", "_frame3") and (first["frame"], second["frame"]) == (0, 3)
+    loaded = LoadVolumed(["image", "label"])(second)
+    image, label = (nib.load(second[key]).get_fdata()[..., 3] for key in ("image", "label"))
+    assert np.array_equal(loaded["image"][0], image) and np.array_equal(loaded["label"][0], label)
+    nib.save(nib.Nifti1Image(np.zeros((6, 5, 4)), np.eye(4)), first["image"])
+    with pytest.raises(DataError, match="has 7 frames, its image .* 1"):
+        for split in ("train", "validation", "test"):
+            cases("folder", tmp_path, split)

@@ -245,7 +245,7 @@ def test_label_inferer_gives_the_plain_recipe_s_labels():
 
 def test_label_inferer_gives_probabilities_where_they_are_asked_for_and_never_else():
     network, volume = FIAS(1, 4, deep_supervision=False), torch.rand(1, 1, 40, 50, 5)
-    sample = LabelInferer((64, 64), batch_size=2, bfloat16=False, probabilities=True)
+    sample = LabelInferer((64, 64), batch_size=2, bfloat16=False, training=True)
     with torch.no_grad():
         pred = sample(volume, network.train())
         assert pred.shape == (1, 4, 64, 64, 5)

@@ -143,7 +143,7 @@ def test_results_beside_the_images_are_not_segmented(images, infer):
 
 
 def test_what_is_left_out_is_recorded(images, infer, tmp_path):
-    names = ("old_seg.nii.gz", "other_4d.nii.gz", "other.mgz", "photo.png")
+    names = ("old_seg.nii.gz", "other.mgz", "photo.png")
     for name in names:
         shutil.copy(images / "0.nii.gz", images / name)
     assert len(infer()) == 3
@@ -154,7 +154,11 @@ def test_what_is_left_out_is_recorded(images, infer, tmp_path):
 
 def test_one_file_is_segmented_whatever_its_name(images, infer, tmp_path):
     (images / "0.nii.gz").rename(images / "0_seg.nii.gz")
-    assert infer(dataset_dir=str(images / "0_seg.nii.gz"), overlay=True) == ["0_seg_overlay.png", "0_seg_seg.nii.gz"]
+    assert infer(dataset_dir=str(images / "0_seg.nii.gz"), overlay=True) == [
+        "0_seg.json",
+        "0_seg_overlay.png",
+        "0_seg_seg.nii.gz",
+    ]
     assert infer(dataset_dir=str(images / "0_seg.nii.gz"), overlay=True, resume=True) == []
 
 

@@ -13,7 +13,7 @@ from networks.results.hearts import (
     RIGHT_FIRST,
     body_surface,
     ed_and_es,
-    frame_times,
+    frame_shapes,
     frame_volumes,
     function_flags,
     heart_function,
@@ -72,7 +72,7 @@ def test_label_numbers_may_be_others():
     swapped = beat(LEFT_FIRST)
     right, left = frame_volumes(LABELS, SPACING), frame_volumes(swapped, SPACING, LEFT_FIRST)
     assert all((right[name] == left[name]).all() for name in RIGHT_FIRST)
-    assert shape_flags(swapped, LEFT_FIRST) == []
+    assert not any(frame_shapes(frame, LEFT_FIRST) for frame in swapped)
     mistaken = frame_volumes(swapped, SPACING)
     assert (mistaken["rv"] == right["lv"]).all() and (mistaken["lv"] == right["rv"]).all()
 
@@ -133,10 +133,6 @@ def test_heart_rate_of_headers():
     assert rate_of_intervals([100]) is None  # 600 a minute
     times = [40.0 * t for t in range(25)]  # 25 frames of 40 ms: a beat of 1000 ms, though the last begins at 960
     assert rate_of_times(times) == pytest.approx(60)
-    assert frame_times(0.04, "sec", 25) == pytest.approx(times)
-    assert frame_times(40, "msec", 25) == times
-    assert frame_times(40_000, "usec", 25) == pytest.approx(times)
-    assert frame_times(1, "unknown", 25) is frame_times(0, "sec", 25) is frame_times(1, "hz", 25) is None
     assert rate_of_times([t * 25.0 for t in range(25)]) == pytest.approx(96)
     assert rate_of_times([t * 1000.0 for t in range(25)]) is None  # seconds a frame: 2.4 a minute
     for wrong in (times[::-1], [0, 0, 40], [5], [], [0, math.nan, 40]):
@@ -150,7 +146,7 @@ def test_body_surface_of_headers_that_are_no_person_s(height, weight):
 
 def test_a_sound_heart_has_no_flags():
     assert function_flags(frame_volumes(LABELS, SPACING)) == []
-    assert shape_flags(LABELS) == []
+    assert not any(frame_shapes(frame) for frame in LABELS)
     assert function_flags({name: values[1:4:2] for name, values in VOLUMES.items()}) == []  # a pair of any frames
 
 
@@ -213,13 +209,28 @@ def test_a_flag_for_each_thing_wrong_with_shapes(spoil, flags, axis):
     labels = LABELS[:6].copy()
     spoil(labels[2])
     turned = np.moveaxis(labels, 3, axis + 1)
-    assert shape_flags(turned, axis=axis) == [f"{flag}, in frame 2" for flag in flags]
+
+    def found(frames=None):
+        return shape_flags([frame_shapes(frame, axis=axis) for frame in turned], frames)
+
+    assert found() == [f"{flag}, in frame 2" for flag in flags]
     spoil(labels[3])
-    named = shape_flags(turned, axis=axis, frames=range(10, 16))
+    named = found(range(10, 16))
     assert named == [f"{flag}, in frames 12 and 13" for flag in flags]
     for frame in labels:
         spoil(frame)
-    assert shape_flags(turned, axis=axis) == [f"{flag}, in 6 frames (0, 1, 2, ...)" for flag in flags]
+    assert found() == [f"{flag}, in 6 frames (0, 1, 2, ...)" for flag in flags]
+
+
+def test_the_edge_of_what_the_network_saw_is_an_edge():
+    (frame,) = LABELS[:1]
+    (left, right), (top, bottom) = ((found.min(), found.max() + 1) for found in np.nonzero(frame)[:2])
+    whole = [(0, size) for size in frame.shape]
+    assert frame_shapes(frame, seen=whole) == []
+    seen = [(left - 1, right + 1), (top - 1, bottom + 1), whole[2]]
+    assert frame_shapes(frame, seen=seen) == []
+    cut = [(left, right + 1), *seen[1:]]
+    assert frame_shapes(frame, seen=cut) == ["myocardium: at the edge of the field of view"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,263 @@
+"""A heart over time goes in and comes out as one case: label map, measures, pictures, and what is wrong with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from monai.bundle import ConfigWorkflow
+from PIL import Image
+
+from networks import DataError
+from networks.data.batches import CaseBatches, in_frames
+from networks.data.cine import nifti_series
+
+CONFIGS = f"{ROOT}/bundles/fias_acdc/configs"
+FRAMES = 5
+
+
+@pytest.fixture
+def images(phantoms, tmp_path) -> Path:
+    """A folder with a heart over time, brighter with each frame, and a volume."""
+    patient = phantoms("acdc") / "training" / "patient002"
+    ed, es = (nib.load(f) for f in sorted(patient.glob("*_frame??.nii.gz")))
+    volumes = [(1 + t) * np.asanyarray((es if t == 2 else ed).dataobj) for t in range(FRAMES)]
+    series = nib.Nifti1Image(np.stack(volumes, -1), ed.affine)
+    series.header.set_xyzt_units("mm", "sec")
+    series.header["pixdim"][4] = 0.2
+    folder = tmp_path / "in"
+    folder.mkdir()
+    nib.save(series, folder / "heart.nii.gz")
+    shutil.copy(patient / "patient002_frame01.nii.gz", folder / "volume.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with a model.pt of a convolution that takes dark pixels for background, bright ones for blood."""
+    network = torch.nn.Conv2d(1, 4, 1)
+    network.weight.data[:, 0, 0, 0] = torch.tensor([0.0, 10, 20, 30])
+    network.bias.data[:] = torch.tensor([0.0, -2, -7, -14])  # borders at 0.2, 0.5 and 0.7
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(network.state_dict(), folder / "model.pt")
+    return folder
+
+
+@pytest.fixture
+def run(weights, images, tmp_path) -> Callable[..., Path]:
+    """``run(config="inference", **overrides)``: the folder of the results."""
+
+    def run(config: str = "inference", **overrides: object) -> Path:
+        options = {"dataset_dir": str(images), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(weights)}
+        if config == "inference":
+            network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
+            options |= {"device": "cpu", "image_size": 32, "network_def": network}
+        workflow = ConfigWorkflow(
+            f"{CONFIGS}/{config}.json",
+            workflow_type="infer",
+            meta_file=f"{CONFIGS}/metadata.json",
+            **{**options, **overrides},
+        )
+        try:
+            workflow.initialize()
+            workflow.run()
+        except RuntimeError as error:  # the expression's
+            raise error.__cause__ or error
+        finally:
+            assert not list((tmp_path / "out").rglob(".partial-*"))
+        return Path(str({**options, **overrides}["output_dir"]))
+
+    return run
+
+
+def table(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "measures.csv").open() as file:
+        return {row["case"]: row for row in csv.DictReader(file)}
+
+
+def test_each_frame_is_segmented_as_a_volume_of_its_own(images, run, tmp_path):
+    out = run(overlay=True)
+    series, found = nib.load(images / "heart.nii.gz"), nib.load(out / "heart_seg.nii.gz")
+    assert found.shape == series.shape and found.get_data_dtype() == np.uint8
+    assert np.array_equal(found.affine, series.affine) and found.header.get_zooms() == series.header.get_zooms()
+    (tmp_path / "frames").mkdir()
+    for t in range(FRAMES):
+        nib.save(series.slicer[..., t], tmp_path / "frames" / f"{t}.nii.gz")
+    alone = run(dataset_dir=str(tmp_path / "frames"), output_dir=str(tmp_path / "alone"), val_batch_size=2)
+    for t in range(FRAMES):
+        assert np.array_equal(found.dataobj[..., t], nib.load(alone / f"{t}_seg.nii.gz").dataobj), t
+    assert (out / "volume_seg.nii.gz").is_file() and (out / "volume_overlay.png").is_file()
+    assert Image.open(out / "heart_beating.gif").n_frames == FRAMES
+    assert Image.open(out / "heart_curve.png").size == (640, 400)
+
+
+def test_a_heart_over_time_is_one_row_with_its_function(images, run):
+    out = run()
+    rows = table(out)
+    assert set(rows) == {"heart", "volume"}
+    heart, labels = rows["heart"], np.asarray(nib.load(out / "heart_seg.nii.gz").dataobj)
+    voxel = np.prod(nib.load(images / "heart.nii.gz").header.get_zooms()[:3]) / 1000
+    lv = voxel * (labels == 3).sum((0, 1, 2))
+    assert (int(heart["ed_frame"]), int(heart["es_frame"])) == (lv.argmax(), lv.argmin())
+    assert float(heart["lv_edv_ml"]) == pytest.approx(lv.max(), rel=1e-4)
+    assert float(heart["lv_ef_percent"]) == pytest.approx(100 * (1 - lv.min() / lv.max()), abs=1e-2)
+    assert float(heart["heart_rate_per_min"]) == pytest.approx(60)
+    assert 0.25 < float(heart["confidence"]) < 1
+    assert float(rows["volume"]["left_ventricle_ml"]) > 0 and not rows["volume"]["lv_ef_percent"]
+    kept = json.loads((out / "measures" / "heart.json").read_text())["frames"]
+    assert [frame["left_ventricle_ml"] for frame in kept] == pytest.approx(lv)
+    means = [frame["left_ventricle_mean_intensity"] for frame in kept]
+    pixels = np.asarray(nib.load(images / "heart.nii.gz").dataobj)
+    assert means == pytest.approx([pixels[..., t][labels[..., t] == 3].mean() for t in range(FRAMES)], rel=1e-4)
+
+
+def test_frames_can_be_named(run):
+    named = table(run(ed_frame=1, es_frame=2))["heart"]
+    assert (named["ed_frame"], named["es_frame"]) == ("1", "2")
+    with pytest.raises(DataError, match="heart.nii.gz: the ed frame is 9, but the frames are 0, 1, 2, 3, 4"):
+        run(ed_frame=9)
+
+
+def test_two_frames_of_a_patient_are_one_row(phantoms, run, tmp_path):
+    patient = phantoms("acdc") / "training" / "patient003"
+    out = run(dataset_dir=str(patient))
+    (row,) = table(out).values()
+    es = next(line.split()[1] for line in (patient / "Info.cfg").read_text().splitlines() if line.startswith("ES"))
+    assert (row["case"], row["ed_frame"], row["es_frame"]) == ("patient003", "1", es)
+    assert float(row["body_surface_m2"]) == pytest.approx((175 * 75 / 3600) ** 0.5, rel=1e-5)
+    assert float(row["lv_edvi_ml_m2"]) == pytest.approx(
+        float(row["lv_edv_ml"]) / float(row["body_surface_m2"]), rel=1e-4
+    )
+
+
+def test_frames_beside_their_series_are_left_out(images, run):
+    for name in ("heart_frame01", "heart_frame12", "other_frame01"):
+        shutil.copy(images / "volume.nii.gz", images / f"{name}.nii.gz")
+    out = run()
+    assert sorted(p.name for p in out.glob("*_seg*")) == [
+        f"{n}_seg.nii.gz" for n in ("heart", "other_frame01", "volume")
+    ]
+    left_out = json.loads((out / "inferring_cases.json").read_text())["left_out"]
+    assert [Path(entry["file"]).name for entry in left_out] == ["heart_frame01.nii.gz", "heart_frame12.nii.gz"]
+    assert all("heart.nii.gz" in entry["why"] for entry in left_out)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_frame_that_cannot_be_used_is_told_once_and_nothing_half_written(num_workers, images, run, tmp_path):
+    good = nib.load(images / "heart.nii.gz")
+    values = good.get_fdata()
+    values[3, 3, 0, 1:] = np.nan
+    nib.save(nib.Nifti1Image(values, good.affine), images / "bad.nii.gz")
+    content = (images / "heart.nii.gz").read_bytes()
+    (images / "cut.nii.gz").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(DataError) as error:
+        run(num_workers=num_workers, val_batch_size=2)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and "Frame 1 of" in lines[1] and "NaN" in lines[1]
+    assert "cut.nii.gz" in lines[2] and "truncated" in lines[2]
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.glob("*_seg*")) == ["heart_seg.nii.gz", "volume_seg.nii.gz"]
+    assert set(table(out)) == {"heart", "volume"}
+
+
+def test_a_resumed_run_has_all_cases_in_its_table(images, run):
+    out = run()
+    whole = (out / "measures.csv").read_text()
+    assert "confidence" in whole
+    (out / "volume_seg.nii.gz").unlink()
+    (out / "measures.csv").unlink()
+    before = (out / "heart_seg.nii.gz").stat().st_mtime_ns
+    run(resume=True)
+    assert (out / "measures.csv").read_text() == whole
+    assert (out / "heart_seg.nii.gz").stat().st_mtime_ns == before
+    (out / "measures" / "heart.json").unlink()  # killed between the two
+    run(resume=True)
+    assert (out / "measures.csv").read_text() == whole
+    assert (out / "heart_seg.nii.gz").stat().st_mtime_ns > before
+
+
+def test_corrected_label_maps_are_measured_again(images, run):
+    out = run()
+    whole = table(out)
+    run("measure")
+    assert table(out) == whole
+    corrected = nib.load(out / "heart_seg.nii.gz")
+    labels = np.asarray(corrected.dataobj).copy()
+    labels[..., 2][labels[..., 2] == 3] = 2
+    nib.save(nib.Nifti1Image(labels, None, corrected.header), out / "heart_seg.nii.gz")
+    run("measure")
+    again = table(out)
+    assert again["volume"] == whole["volume"]
+    assert again["heart"]["es_frame"] == "2" and float(again["heart"]["lv_ef_percent"]) == 100
+    assert not again["heart"]["confidence"]  # nobody knows how sure a person was
+
+
+def test_label_numbers_of_others(images, run, tmp_path):
+    out, others = run(), {"output_dir": str(tmp_path / "others"), "label_numbers": {1: 3, 3: 1}}
+    run(**others)
+    ours, theirs = (np.asarray(nib.load(f / "heart_seg.nii.gz").dataobj) for f in (out, tmp_path / "others"))
+    assert np.array_equal(np.array([0, 3, 2, 1], np.uint8)[ours], theirs)
+    assert table(tmp_path / "others") == table(out)
+    run("measure", **others)
+    assert table(tmp_path / "others") == table(out)
+    with pytest.raises(DataError, match="label_numbers"):
+        run(label_numbers={1: 3, 2: 3})
+
+
+def test_maps_of_how_sure_the_label_maps_are(images, run):
+    out = run(probabilities=True, uncertainty=True)
+    labels = nib.load(out / "heart_seg.nii.gz")
+    probabilities = nib.load(out / "heart_probabilities.nii.gz")
+    assert probabilities.shape == (*labels.shape, 4) and np.allclose(probabilities.affine, labels.affine)
+    values = np.asarray(probabilities.dataobj)
+    assert values.sum(-1) == pytest.approx(1, abs=2e-3)
+    chosen = np.take_along_axis(values, np.asarray(labels.dataobj)[..., None].astype(int), -1)[..., 0]
+    assert (chosen >= values.max(-1) - 2e-3).all()
+    entropy = np.asarray(nib.load(out / "heart_entropy.nii.gz").dataobj)
+    safe = np.where(values > 0, values, 1)
+    assert entropy == pytest.approx(-(safe * np.log(safe)).sum(-1) / np.log(4), abs=1e-2)
+    mean = chosen[np.asarray(labels.dataobj) > 0].mean()
+    assert float(table(out)["heart"]["confidence"]) == pytest.approx(mean, abs=1e-3)
+    assert nib.load(out / "volume_probabilities.nii.gz").shape == (*labels.shape[:3], 4)
+
+
+def test_batches_hold_frames_of_one_series(images):
+    series = nifti_series(images / "heart.nii.gz")
+    cases = [{"image": "a"}, {"image": "heart", "series": series}, {"image": "b"}]
+    items = in_frames(cases)
+    assert [item.get("frame") for item in items] == [None, *range(FRAMES), None]
+
+    class Data:
+        data = items
+
+    assert [*CaseBatches(Data(), slices=4)] == [[0], [1, 2, 3, 4], [5], [6]]
+    assert [*CaseBatches(Data(), slices=3)] == [[i] for i in range(7)]  # three slices a frame: one frame at a time
+
+
+@pytest.mark.parametrize("values", ["one", "colours", "five"])
+def test_other_dimensions(values, images, run, tmp_path):
+    volume = nib.load(images / "volume.nii.gz")
+    data = np.asanyarray(volume.dataobj)
+    for file in images.iterdir():
+        file.unlink()
+    if values == "one":
+        nib.save(nib.Nifti1Image(data[..., None], volume.affine), images / "x.nii.gz")
+        out = run()
+        assert nib.load(out / "x_seg.nii.gz").shape == (*data.shape, 1)
+        return
+    if values == "colours":
+        colours = np.zeros((*data.shape, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+        nib.save(nib.Nifti1Image(colours, volume.affine), images / "x.nii.gz")
+    else:
+        nib.save(nib.Nifti1Image(np.zeros((*data.shape, 3, 2)), volume.affine), images / "x.nii.gz")
+    with pytest.raises(DataError, match="x.nii.gz"):
+        run()
+    assert not list((tmp_path / "out").glob("*_seg*"))
