@@ -1,6 +1,7 @@
 """Make a small synthetic dataset in the official layout of a bundle's data, so that it runs with no download.
 
     python bundles/phantoms.py acdc phantoms/acdc
+    python bundles/phantoms.py acdc phantoms/cine --cine True    # hearts that beat
 
 The datasets are acdc, btcv, isic2017, isic2018 and glas. Each is one function of the output folder; the pictures are
 drawn, no patient's image is behind them.
@@ -8,12 +9,15 @@ drawn, no patient's image is behind them.
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
 import fire
 import nibabel as nib
 import numpy as np
+from phantom_heart import Heart
+from phantom_study import write_study
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -40,50 +44,11 @@ ORGANS = {
 }
 """Raw BTCV label: centre and radii of an ellipsoid in mm (left, back, up), and its Hounsfield units."""
 
-ANATOMY = {
-    "field of view": (160, 185),
-    "turn": (0, 0.8),
-    "aside": (4, 14),
-    "below": (-8, 2),
-    "skin": (6, 14),
-    "fat": (1.5, 4),
-    "radius": (23, 27),
-    "wall": (7.5, 10),
-    "depth": (32, 40),
-    "systole": (0.61, 0.69),
-    "coil": (2.4, 3.9),
-    "bias": (0.1, 0.3),
-}
-"""What differs between ACDC's patients, each drawn between two values: lengths in mm, angles in radians.
-
-``aside`` and ``below`` place the left ventricle in the picture; ``turn`` moves the right one from its left to above it.
-``radius`` and ``wall`` are the left ventricle's at end-diastole, ``depth`` the right one's; ``systole`` is what remains
-of the radius at end-systole. ``fat`` lies around the heart. Signal grows towards the ``coil``, by ``bias`` in 100 mm.
-"""
-
-SIGNAL = {
-    "skin": 260,
-    "chest wall": 65,
-    "ribs": 150,
-    "lungs": 22,
-    "lung vessels": 170,
-    "diaphragm": 250,
-    "liver": 80,
-    "liver vessels": 120,
-    "spine": 100,
-    "aortic wall": 60,
-    "aorta": 205,
-    "epicardial fat": 235,
-    "right wall": 70,
-    "right ventricle": 180,
-    "myocardium": 65,
-    "left ventricle": 215,
-    "papillary muscles": 80,
-}
-"""Signal of each structure in bright-blood cine MR: fat is brightest, then blood, then muscle and liver, then lung."""
+HEIGHT, WEIGHT = 175, 75
+"""cm and kg of each of ACDC's patients."""
 
 
-def acdc(output_dir: str, size: int = 96, slices: int = 6, seed: int = 0) -> None:
+def acdc(output_dir: str, size: int = 96, slices: int = 6, seed: int = 0, cine: bool = False, frames: int = 14) -> None:
     """Short-axis cardiac MR in the layout of the ACDC challenge: 12 patients at end-diastole and end-systole.
 
     Args:
@@ -91,114 +56,76 @@ def acdc(output_dir: str, size: int = 96, slices: int = 6, seed: int = 0) -> Non
         size: pixels per side of a slice, at least 64.
         slices: slices of a volume, base to apex.
         seed: the same seed makes the same files.
+        cine: whether the hearts beat. There are then also ``patientNNN_4d.nii.gz``, all frames of a beat, beside its
+            two; ``truth.csv``, the labels' volumes; and ``dicom/patientNNN/``, the test patients' studies.
+        frames: of a beat, at least 6.
     """
-    folder = Path(output_dir) / "training"
+    root = Path(output_dir)
+    folder = root / "training"
     _empty(folder, "patient*")
-    _check(size=(size, 64), slices=(slices, 1))
-    numbers = [n for split in PATIENTS.values() for n in split]
+    _check(size=(size, 64), slices=(slices, 1), frames=(frames, 6))
+    numbers = sorted(n for split in PATIENTS.values() for n in split)
+    truth = []
     for number in numbers:
-        _acdc_patient(folder / f"patient{number:03d}", size, slices, np.random.default_rng([seed, number]))
+        rng = np.random.default_rng([seed, number])
+        patient, heart = folder / f"patient{number:03d}", Heart(size, slices, rng)
+        if cine:
+            truth.append(_beat(patient, heart, frames, rng))
+        else:
+            es = int(rng.integers(9, 14))
+            _two_phases(patient, heart, heart.frame(1.0, rng), heart.frame(heart.body["systole"], rng), es, 30)
     print(f"{len(numbers)} patients, {2 * len(numbers)} volumes in {folder}")
+    if not cine:
+        return
+    with open(root / "truth.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, truth[0])
+        table.writeheader()
+        table.writerows(truth)
+    print(f"{len(numbers)} beats of {frames} frames beside them, and their volumes in {root / 'truth.csv'}")
+    for number, by_slice in zip(PATIENTS["test"], (True, False), strict=True):
+        name = f"patient{number:03d}"
+        write_study(folder / name / f"{name}_4d.nii.gz", root / "dicom" / name, by_slice, HEIGHT / 100, WEIGHT, seed)
+    print(f"{len(PATIENTS['test'])} studies in {root / 'dicom'}")
 
 
-def _acdc_patient(folder: Path, size: int, slices: int, rng: np.random.Generator) -> None:
+def _beat(folder: Path, heart: Heart, frames: int, rng: np.random.Generator) -> dict[str, str | float]:
+    """Write a patient whose heart beats; what is true of it, a row of ``truth.csv``."""
+    es, interval = round(frames * rng.uniform(0.33, 0.4)), int(rng.integers(750, 1100))  # interval in ms
+    beat = [heart.frame(contraction, rng, beating=True) for contraction in heart.contractions(frames, es)]
+    _two_phases(folder, heart, beat[0], beat[es], es + 1, frames)
+    volume = _volume(np.stack([image for image, _ in beat], -1), heart)
+    volume.header["pixdim"][4] = interval / 1000 / frames
+    nib.save(volume, folder / f"{folder.name}_4d.nii.gz")
+    ed_ml, es_ml = (np.bincount(beat[t][1].ravel()) * heart.pixel**2 * heart.gap / 1000 for t in (0, es))
+    row: dict[str, float] = {}
+    for side, label in (("lv", 3), ("rv", 1)):
+        row |= {f"{side}_edv_ml": ed_ml[label], f"{side}_esv_ml": es_ml[label]}
+        row[f"{side}_ef_percent"] = 100 * (1 - es_ml[label] / ed_ml[label])
+    row |= {"lv_mass_g": 1.05 * ed_ml[2], "heart_rate_per_min": 60_000 / interval}
+    return {"patient": folder.name, **{name: round(float(value), 3) for name, value in row.items()}}
+
+
+def _two_phases(
+    folder: Path,
+    heart: Heart,
+    ed: tuple[np.ndarray, np.ndarray],
+    es: tuple[np.ndarray, np.ndarray],
+    es_number: int,
+    frames: int,
+) -> None:
+    """Write a patient's images and labels at end-diastole, frame 1, and end-systole, of so many frames."""
     folder.mkdir(parents=True)
-    body = {name: rng.uniform(*limits) for name, limits in ANATOMY.items()}
-    pixel, thickness = body["field of view"] / size, rng.choice([8.0, 10.0])
-
-    def speckle(width: float) -> np.ndarray:
-        """Smooth noise of mean 0 and deviation 1; its spots are some ``width`` mm wide."""
-        noise = gaussian_filter(rng.normal(size=(size, size, slices)), (width / pixel, width / pixel, 0.4))
-        return noise / noise.std()
-
-    axis = (np.arange(size) - size / 2 + 0.5) * pixel
-    x, y, z = np.meshgrid(axis, axis, (np.arange(slices) + 0.5) / slices, indexing="ij")
-    cos, sin = np.cos(body["turn"]), np.sin(body["turn"])
-    x, y = cos * x + sin * y - body["aside"], cos * y - sin * x - body["below"]
-    x, y = x + 1.5 * speckle(14), y + 1.5 * speckle(14)  # nobody is made of ellipses
-    chest = _chest(x, y, z, body, speckle(2.2))
-    sensitivity = np.exp(body["bias"] * (np.cos(body["coil"]) * x + np.sin(body["coil"]) * y) / 100)
-    sensitivity *= 1 + 0.06 * speckle(3)  # the texture of tissue, and of flowing blood
-    frames = {"ED": (1, 1.0), "ES": (int(rng.integers(9, 14)), body["systole"])}
-    for frame, contraction in frames.values():
-        heart = _heart(x, y, z, body, contraction)
-        labels = np.zeros(x.shape, np.uint8)
-        for label, name in enumerate(("right ventricle", "myocardium", "left ventricle"), 1):
-            labels[heart[name] > 0] = label
-        image = np.zeros(x.shape)
-        for name, depth in (chest | heart).items():
-            image += (SIGNAL[name] - image) * np.clip(depth / 2 + 0.5, 0, 1)  # a border of 2 mm belongs to both sides
-        image = gaussian_filter(image * sensitivity, (0.5, 0.5, 0))
-        noise = rng.normal(scale=5, size=(2, *image.shape))
-        image = np.hypot(image + noise[0], noise[1])  # Rician: the magnitude of a complex signal
-        for suffix, data in (("", image.astype(np.int16)), ("_gt", labels)):
-            volume = nib.Nifti1Image(data, np.diag([-pixel, -pixel, thickness, 1.0]))
-            volume.header.set_xyzt_units("mm", "sec")
-            nib.save(volume, folder / f"{folder.name}_frame{frame:02d}{suffix}.nii.gz")
-    lines = {"ED": frames["ED"][0], "ES": frames["ES"][0], "Group": "NOR", "Height": 175, "NbFrame": 30, "Weight": 75}
+    for number, phase in ((1, ed), (es_number, es)):
+        for suffix, data in zip(("", "_gt"), phase, strict=True):
+            nib.save(_volume(data, heart), folder / f"{folder.name}_frame{number:02d}{suffix}.nii.gz")
+    lines = {"ED": 1, "ES": es_number, "Group": "NOR", "Height": HEIGHT, "NbFrame": frames, "Weight": WEIGHT}
     (folder / "Info.cfg").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
 
 
-def _chest(
-    x: np.ndarray, y: np.ndarray, z: np.ndarray, body: dict[str, float], spots: np.ndarray
-) -> dict[str, np.ndarray]:
-    """What lies around the heart: how deep in it each point is, in mm, of each structure, in the order to paint them.
-
-    Args:
-        x: mm from the left ventricle's middle, away from the right one.
-        y: mm from there towards the diaphragm.
-        z: 0 at the base, 1 at the apex.
-        body: values drawn from ``ANATOMY``.
-        spots: noise whose peaks are vessels.
-    """
-    trunk = _ellipse(x - 42 - 8 * z, y - 12, 139, 118 - 12 * z)
-    wall = trunk - body["skin"]
-    lungs = wall - 10
-    liver = np.minimum(lungs, _ellipse(x + 38, y - 128 + 22 * z, 118, 72))
-    return {
-        "skin": trunk,
-        "chest wall": wall,
-        "ribs": np.minimum(2.5 - abs(wall - 5), 8 * np.cos(9 * np.arctan2(y - 12, x - 42)) - 4),
-        "lungs": lungs,
-        "lung vessels": np.minimum(lungs - 4, 3 * (spots - 2)),
-        "diaphragm": liver + 2.5,  # its fat, that is
-        "liver": liver,
-        "liver vessels": np.minimum(liver - 6, 3 * (spots - 1.7)),
-        "spine": _ellipse(x - 80, y - 68, 25, 21),
-        "aortic wall": _ellipse(x - 50, y - 54, 13, 13),
-        "aorta": _ellipse(x - 50, y - 54, 11, 11),
-    }
-
-
-def _heart(
-    x: np.ndarray, y: np.ndarray, z: np.ndarray, body: dict[str, float], contraction: float
-) -> dict[str, np.ndarray]:
-    """The heart, as ``_chest``, when ``contraction`` is what remains of the left ventricle's radius."""
-    radius = body["radius"] * np.sqrt(1 - 0.85 * z**2)  # base wide, apex narrow
-    cavity = radius * contraction
-    # The wall thickens as the cavity empties: muscle keeps its volume.
-    outer = np.sqrt((radius + body["wall"] * (1 - 0.3 * z)) ** 2 - radius**2 + cavity**2)
-    left = _ellipse(x, y, outer, outer)
-    # The right ventricle is what the left one leaves of an ellipse between these two distances: a crescent.
-    near, far = 0.1 * outer, outer + body["depth"] * (1 - 0.9 * z**1.5) * (0.2 + 0.8 * contraction)
-    right = _ellipse(x + (near + far) / 2, y + 0.2 * x, (far - near) / 2, 0.72 * (far - near))
-    papillary = [
-        _ellipse(x - 0.68 * cavity * np.cos(angle), y - 0.68 * cavity * np.sin(angle), 0.2 * cavity, 0.2 * cavity)
-        for angle in (-0.9, 1.4)
-    ]
-    return {
-        "epicardial fat": np.maximum(left, right + 3) + body["fat"] * (1 - x / 60),  # less towards the left lung
-        "right wall": right + 3,
-        "right ventricle": right,
-        "myocardium": left,
-        "left ventricle": _ellipse(x, y, cavity, cavity),
-        "papillary muscles": np.where(abs(z - 0.5) < 0.3, np.maximum(*papillary), -9),  # ACDC counts them as cavity
-    }
-
-
-def _ellipse(x: np.ndarray, y: np.ndarray, width: np.ndarray | float, height: np.ndarray | float) -> np.ndarray:
-    """How many mm, about, each point lies within an ellipse about the origin of these half axes; below 0 outside."""
-    return (1 - np.hypot(x / width, y / height)) * np.minimum(width, height)
+def _volume(data: np.ndarray, heart: Heart) -> nib.Nifti1Image:
+    volume = nib.Nifti1Image(data, np.diag([-heart.pixel, -heart.pixel, heart.gap, 1.0]))
+    volume.header.set_xyzt_units("mm", "sec")
+    return volume
 
 
 def btcv(output_dir: str, size: int = 96, slices: int = 12, seed: int = 0) -> None:

@@ -420,6 +420,7 @@ def test_phantoms_and_releases_tell_on_the_command_line(tmp_path):
     commands = {
         ("bundles/phantoms.py", "acdc", f"{tmp_path}/file/acdc"): "Not a directory",
         ("bundles/phantoms.py", "acdc", f"{tmp_path}/a", "--size", "big"): "size .*64",
+        ("bundles/phantoms.py", "acdc", f"{tmp_path}/a", "--cine", "True", "--frames", "5"): "frames .*6",
         (
             "bundles/release.py",
             "fias_acdc",
