@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,6 +48,7 @@ class TimeSeries:
         height: of the patient in metres; None where the header does not say.
         weight: of the patient in kilograms; None where the header does not say.
         reader: gives a frame by its number; see :meth:`read`.
+        phases: of a study, the slices of each frame; None of a file.
     """
 
     source: str
@@ -58,6 +59,7 @@ class TimeSeries:
     height: float | None
     weight: float | None
     reader: Callable[[int], Any]
+    phases: Sequence[Sequence[Frame]] | None = None
 
     def __str__(self) -> str:
         return f"{self.frames} frames of {' x '.join(map(str, self.shape))} voxels"
@@ -199,6 +201,7 @@ def study_series(folder: str | Path, left_out: list[dict[str, str]]) -> TimeSeri
         height=stack.height,
         weight=stack.weight,
         reader=_StudyFrames(str(folder), stack.phases),
+        phases=stack.phases,
     )
 
 

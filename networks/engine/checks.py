@@ -98,6 +98,7 @@ VALUES: dict[str, Schema] = {
     "flips": SWITCH,
     "overlay": SWITCH,
     "measures": SWITCH,
+    "dicom_seg": SWITCH,
     "uncertainty": SWITCH,
     "probabilities": SWITCH,
     "label_numbers": {"type": ["object", "null"], "description": 'classes and numbers such as "{1: 3, 2: 2, 3: 1}"'},

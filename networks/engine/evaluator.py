@@ -125,7 +125,7 @@ def unfinished(
         newer_than: files such as weights and the record of the config; one that is absent makes all cases unfinished.
         overlay: a case needs its :class:`networks.results.report.Overlays` picture too, which is written after the
             label map.
-        measures: a case needs its measures too, likewise, where these are enabled.
+        measures: a case needs its measures too, where these are enabled. They are the last that is written of it.
         resume: False takes all cases.
 
     Returns:

@@ -1,5 +1,5 @@
 """Files out. Configs name from here: SaveImageLabelMapd, SaveImageMapsd, Measures, metric_handlers, History, Report,
-HeartReport, Overlays."""
+HeartReport, Overlays, DicomSegmentations."""
 
 from .function import HeartReport
 from .history import History
@@ -7,8 +7,10 @@ from .label_maps import SaveImageLabelMapd, SaveImageMapsd
 from .measuring import Measures
 from .metrics import metric_handlers
 from .report import Overlays, Report
+from .segmentations import DicomSegmentations
 
 __all__ = [
+    "DicomSegmentations",
     "HeartReport",
     "History",
     "Measures",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Events
-from monai.engines import Evaluator
+from monai.engines import Evaluator, IterationEvents
 
 from ..data.cine import TimeSeries, nifti_series
 from ..data.formats import NIFTI, PICTURES
@@ -92,7 +92,7 @@ class Measures:
     def attach(self, evaluator: Evaluator) -> None:
         """Attach to an evaluator whose batches have the image as it was loaded as ``"raw"``."""
         if self.enabled:
-            evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
+            evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, self._measure)  # an error is the case's
             evaluator.add_event_handler(Events.COMPLETED, self._finish)
 
     def file(self, image: str | Path) -> Path:

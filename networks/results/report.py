@@ -11,7 +11,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Events
-from monai.engines import Evaluator
+from monai.engines import Evaluator, IterationEvents
 from monai.utils import string_list_all_gather
 from torch import Tensor
 
@@ -149,7 +149,7 @@ class Overlays:
     def attach(self, evaluator: Evaluator) -> None:
         """Attach to an evaluator."""
         if self.enabled:
-            evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._draw)
+            evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, self._draw)  # an error is the case's
 
     def _draw(self, evaluator: Evaluator) -> None:
         for case, output in zip(evaluator.state.batch, evaluator.state.output, strict=True):

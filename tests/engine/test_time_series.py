@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from conftest import run as run_python
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
@@ -261,3 +262,64 @@ def test_other_dimensions(values, images, run, tmp_path):
     with pytest.raises(DataError, match="x.nii.gz"):
         run()
     assert not list((tmp_path / "out").glob("*_seg*"))
+
+
+@pytest.fixture(scope="module")
+def beating(tmp_path_factory) -> Path:
+    """Phantoms that beat, and DICOM studies of two of them."""
+    folder = tmp_path_factory.mktemp("beating") / "acdc"
+    run_python("bundles/phantoms.py", "acdc", str(folder), "--size", "64", "--slices", "3", "--cine", "--frames", "6")
+    return folder
+
+
+def test_a_study_is_measured_as_its_file_and_its_segmentations_lie_on_its_slices(beating, run, tmp_path):
+    hd = pytest.importorskip("highdicom")
+    out = run(dataset_dir=str(beating / "dicom"), dicom_seg=True, label_numbers={1: 3, 3: 1})
+    file = tmp_path / "patient002_4d.nii.gz"  # without the Info.cfg that names frames
+    shutil.copy(beating / "training" / "patient002" / file.name, file)
+    whole = run(dataset_dir=str(file), output_dir=str(tmp_path / "file"))
+    of_study, of_file = table(out)["patient002"], table(whole)["patient002_4d"]
+    assert float(of_study["body_surface_m2"]) == pytest.approx(1.909, abs=1e-3)  # a file knows no height
+    assert of_file | {"case": "patient002"} == {name: of_study[name] for name in of_file}
+    labels = nib.load(whole / "patient002_4d_seg.nii.gz")
+    for phase in (1, 4):
+        segmentation = hd.seg.segread(out / f"patient002_seg_phase{phase:02}.dcm")
+        volume = segmentation.get_volume(combine_segments=True)
+        found = np.zeros(labels.shape[:3], np.uint8)
+        for index in np.argwhere(volume.array):
+            place = volume.affine @ [*index, 1] * [-1, -1, 1, 1]
+            x, y, z = np.rint(np.linalg.inv(labels.affine) @ place)[:3].astype(int)
+            found[x, y, z] = volume.array[tuple(index)]
+        assert np.array_equal(found, labels.dataobj[..., phase - 1])
+
+
+def test_a_file_that_is_no_series_has_no_dicom_segmentation(images, run, tmp_path):
+    with pytest.raises(DataError, match="volume.nii.gz is no DICOM series"):
+        run(dicom_seg=True)
+
+
+def test_evaluation_tells_the_function_of_hearts(beating, weights, tmp_path):
+    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
+    options = {"dataset_dir": str(beating), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(weights)}
+    workflow = ConfigWorkflow(
+        f"{CONFIGS}/evaluate.json",
+        meta_file=f"{CONFIGS}/metadata.json",
+        device="cpu",
+        image_size=32,
+        network_def=network,
+        **options,
+    )
+    workflow.initialize()
+    workflow.run()
+    with (tmp_path / "out" / "function.csv").open() as file:
+        found = {row["patient"]: row for row in csv.DictReader(file)}
+    with (beating / "truth.csv").open() as file:
+        truth = {row["patient"]: row for row in csv.DictReader(file)}
+    assert set(found) == {"patient002", "patient003"}
+    for patient, row in found.items():
+        for column in ("lv_ef_percent", "rv_ef_percent", "lv_edv_ml", "rv_esv_ml", "lv_mass_g"):
+            assert float(row[f"true_{column}"]) == pytest.approx(float(truth[patient][column]), rel=1e-4)
+    errors = [float(r["predicted_lv_ef_percent"]) - float(r["true_lv_ef_percent"]) for r in found.values()]
+    summary = (tmp_path / "out" / "function.md").read_text()
+    assert f"| LV ejection fraction | {np.abs(errors).mean():.1f} points | {np.mean(errors):+.1f} |" in summary
+    assert Image.open(tmp_path / "out" / "lv_ef.png").size == (560, 400)
