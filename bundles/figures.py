@@ -10,7 +10,8 @@ text between the two marks in README.md, and in the card of each bundle with wei
 Names in ``eval_metrics`` carry their units. Dice and IoU are fractions, ``_mm`` are millimetres, ``_mb`` are millions
 of bytes, ``_points`` are percentage points. ``test_`` and ``validation_`` are the bundle's splits, ``official_test_``
 is ACDC's official test set. With ``patients`` or ``images`` they say how many there were. ``mean_dice`` is the test
-Dice again, under the name that MONAI's tools use.
+Dice again, under the name that MONAI's tools use. ``validation_function`` is what ``evaluating`` writes to
+``function.md``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from networks import DataError, explain_errors  # noqa: E402
+from networks.results.function import MEASURES  # noqa: E402
 from networks.storage import whole_file  # noqa: E402
 from networks.trained_for import trained_values  # noqa: E402
 
@@ -138,8 +140,30 @@ def _of_card(bundle: Path) -> str:
         facts.insert(0, ["mean absolute error of the ejection fraction", error])
     if len(labels) > 1:
         facts.insert(0, [f"Dice of the validation {kind}", ", ".join(by_label)])
-    table = _table(["measured on", *columns.values()], rows, left=1)
-    return f"{table}\n\n{_table(['', ''], facts, left=2)}"
+    tables = [_table(["measured on", *columns.values()], rows, left=1), _table(["", ""], facts, left=2)]
+    if function := metrics.get("validation_function"):
+        heads = [
+            f"function of the heart, {metrics['validation_patients']} validation patients",
+            "mean absolute error",
+            "bias",
+        ]
+        heads += ["limits of agreement", "correlation"]
+        tables.append(_table(heads, [_agreement(*measure) for measure in function.items()], left=1))
+    return "\n\n".join(tables)
+
+
+def _agreement(column: str, found: dict[str, float]) -> list[str]:
+    """Cells of a measure of the heart."""
+    title, unit = MEASURES[column]
+    unit = "points" if unit == "%" else unit
+    limits = f"{found['limit_low']:.1f} to {found['limit_high']:.1f}"
+    return [
+        title,
+        f"{found['mean_absolute_error']:.1f} {unit}",
+        f"{found['bias']:+.1f}",
+        limits,
+        f"{found['correlation']:.3f}",
+    ]
 
 
 def _metadata(bundle: Path) -> dict[str, Any]:

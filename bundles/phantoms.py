@@ -85,7 +85,9 @@ def acdc(output_dir: str, size: int = 96, slices: int = 6, seed: int = 0, cine: 
     for number, by_slice in zip(PATIENTS["test"], (True, False), strict=True):
         name = f"patient{number:03d}"
         write_study(folder / name / f"{name}_4d.nii.gz", root / "dicom" / name, by_slice, HEIGHT / 100, WEIGHT, seed)
-    print(f"{len(PATIENTS['test'])} studies in {root / 'dicom'}")
+        (row,) = (row for row in truth if row["patient"] == name)
+        lv, rv = (row[f"{side}_ef_percent"] for side in ("lv", "rv"))
+        print(f"DICOM study {root / 'dicom' / name}: true ejection fraction LV {lv:.1f} %, RV {rv:.1f} %")
 
 
 def _beat(folder: Path, heart: Heart, frames: int, rng: np.random.Generator) -> dict[str, str | float]:
