@@ -447,6 +447,8 @@ def test_two_processes_evaluate_and_infer_as_one(name, configs, data, run_bundle
     for file in maps:
         a, b = (np.asarray(nib.load(folder / file).dataobj) for folder in (alone, together))
         assert np.mean(a == b) > 0.9999  # the number of threads changes rounding
+    first, second = ((f / "measures.csv").read_text().splitlines() for f in (alone, together))
+    assert len(first) > 1 and [row.split(",")[0] for row in first] == [row.split(",")[0] for row in second]
 
 
 @of_volumes
