@@ -15,6 +15,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from ..data.formats import MOST_CLASSES
 from ..errors import DataError
+from .engines import ENGINES
 from .workflow import running_workflow, typed_options
 
 __all__ = ["VALUES", "check_config"]
@@ -86,6 +87,7 @@ VALUES: dict[str, Schema] = {
     "contrast_prob": SHARE,
     "amp": SWITCH,
     "bfloat16": SWITCH_OR_NONE,
+    "engine": {"enum": [*ENGINES], "description": f"one of {', '.join(ENGINES)}"},
     "compile": SWITCH,
     "num_workers": _whole(0),
     "val_batch_size": _whole(1),
