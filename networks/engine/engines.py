@@ -43,8 +43,8 @@ def in_engine(network: nn.Module, engine: str, weights: str | Path, bfloat16: bo
         The network itself for ``torch``, else an :class:`EngineNetwork`.
 
     Raises:
-        DataError: for an unknown engine, one that is not installed or lacks bfloat16, or a network that is exported
-            already.
+        DataError: for an unknown engine, one that is not installed or lacks bfloat16, or a network that is exported or
+            compiled already.
     """
     check_option("engine", engine, ENGINES)
     return network if engine == "torch" else EngineNetwork(network, engine, Path(weights), bool(bfloat16))
@@ -67,9 +67,9 @@ class EngineNetwork(nn.Module):
         ``B, C, H, W`` of floats, on a CPU, to logits ``B, classes, H, W`` in fp32.
 
     Raises:
-        DataError: when the engine is not installed or lacks bfloat16, or the network is exported already; in forward
-            when the slices are on a GPU, the network is in training mode, a kept file is damaged, or no folder can be
-            written.
+        DataError: when the engine is not installed or lacks bfloat16, or the network is exported or compiled
+            already; in forward when the slices are on a GPU, the network is in training mode, a kept file is damaged,
+            or no folder can be written.
     """
 
     def __init__(self, network: nn.Module, engine: str, weights: Path, bfloat16: bool) -> None:
@@ -78,6 +78,8 @@ class EngineNetwork(nn.Module):
             raise DataError(
                 f"An exported network runs by itself alone: leave out either its config or engine {engine}."
             )
+        if getattr(network, "_compiled_call_impl", None) is not None:  # nn.Module.compile() leaves no public trace
+            raise DataError(f"A network that torch compiles cannot be converted: leave out either compile or {engine}.")
         if bfloat16 and engine == "onnxruntime":
             raise DataError(
                 "ONNX Runtime computes in fp32 alone on a CPU: leave out bfloat16, or choose the engine openvino."

@@ -621,11 +621,11 @@ def test_what_the_configs_of_a_bundle_share_is_the_same(configs):
         del inference[part][own]  # of MONAI Label's scoring, of which evaluation knows nothing
     for own in ("confidence", "entropy", "probabilities"):  # maps beside the label map
         del inference["inferer"][own]
-    for key in ("inferer", "dataloader", "network_def", "network"):
+    for key in ("inferer", "dataloader", "network_def", "network", "engine", "device"):
         assert evaluate[key] == inference[key]
     for a, b in ((train, evaluate), (evaluate, inference)):
         for key in {key for key in a.keys() & b.keys() if not key.startswith("_")} - {
-            *("network_def", "network", "initialize", "run", "num_workers", "imports"),
+            *("network_def", "network", "initialize", "run", "num_workers", "imports", "device"),
             *("preprocessing", "postprocessing", "cases", "dataset", "handlers", "evaluator"),
             *train["trained_for"],
         }:

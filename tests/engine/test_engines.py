@@ -136,6 +136,10 @@ def test_what_cannot_run_is_refused(network, tmp_path):
         in_engine(network, "tensorrt", weights)
     with pytest.raises(DataError, match="exported network"):
         in_engine(torch.jit.script(torch.nn.Identity()), "openvino", weights)
+    compiled = torch.nn.Identity()
+    compiled.compile()
+    with pytest.raises(DataError, match="torch compiles"):
+        in_engine(compiled, "openvino", weights)
     pytest.importorskip("openvino")
     other = in_engine(FIAS(1, 4), "openvino", weights)
     assert isinstance(other, EngineNetwork)
