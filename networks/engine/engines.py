@@ -1,4 +1,4 @@
-"""A network run on a CPU by a library that does it faster than PyTorch: OpenVINO or ONNX Runtime."""
+"""A network run on a CPU by another library than PyTorch: OpenVINO or ONNX Runtime."""
 
 from __future__ import annotations
 
