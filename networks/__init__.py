@@ -11,7 +11,6 @@ from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
 from .fias import FIAS
-from .folding import prepare_for_inference
 from .losses import SubsetSumLoss
 from .trained_for import check_values, trained_values
 from .weights import check_export, load_matching, load_torchscript, load_weights
@@ -30,7 +29,6 @@ __all__ = [
     "load_matching",
     "load_torchscript",
     "load_weights",
-    "prepare_for_inference",
     "trained_values",
     *_ROOMS,
 ]

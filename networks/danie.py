@@ -128,8 +128,6 @@ class DANIE(nn.Module):
         torch.Size([2, 4, 64, 96])
     """
 
-    registers_in_order = True  # each module its parts in the order in which they compute, as folding needs
-
     def __init__(
         self,
         in_channels: int,

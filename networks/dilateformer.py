@@ -120,17 +120,12 @@ class DilateBlock(nn.Module):
 
     def __init__(self, channels: int, attention: nn.Module, drop_path: float) -> None:
         super().__init__()
-        self.pos_embed: nn.Conv2d = ResidualConv(channels)
+        self.pos_embed = ResidualConv(channels)
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = attention
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MLP(channels)
-
-    def fold(self) -> None:
-        """Fold the position encoding's addition into its kernel, for inference."""
-        if isinstance(self.pos_embed, ResidualConv):
-            self.pos_embed = self.pos_embed.folded()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x).permute(0, 2, 3, 1)
@@ -171,13 +166,6 @@ class ResidualConv(nn.Conv2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels)
-
-    def folded(self) -> nn.Conv2d:
-        """One convolution that gives the same."""
-        folded = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, groups=self.groups).to(self.weight)
-        folded.load_state_dict(self.state_dict())
-        folded.weight.data[:, :, 1, 1] += 1
-        return folded
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self._conv_forward(x, self.weight, self.bias)  # super() cannot be scripted

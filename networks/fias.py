@@ -25,7 +25,6 @@ And chosen, where the text is silent:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 
 from .dilateformer import DilateFormer
 from .errors import check_option
-from .folding import fuse_convs
 from .layers import (
     ConvNormAct,
     Heads,
@@ -83,8 +81,6 @@ class FIAS(nn.Module):
         torch.Size([2, 4, 64, 96])
     """
 
-    registers_in_order = True  # each module its parts in the order in which they compute, as folding needs
-
     def __init__(
         self,
         in_channels: int,
@@ -112,12 +108,6 @@ class FIAS(nn.Module):
         self.fusion = ScaleFusion(ContextAwareFusion(c, inputs) if fusion == "caf" else SumFusion() for c in channels)
         self.decoder = MixAttDecoder(channels, attention=decoder == "mixatt", dropout=dropout)
         self.heads = Heads(self.decoder.out_channels, out_channels, deep_supervision)
-
-    def fold(self) -> None:
-        """Fold the finest head into the convolution before it, which feeds nothing else, for inference."""
-        last, head = self.decoder.blocks[-1], self.heads.convs[0]
-        if isinstance(last, MixAttBlock) and isinstance(head, nn.Conv2d):
-            last.project, self.heads.convs[0] = fuse_convs(last.project, head), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_input(x, self.in_channels, "FIAS")
@@ -171,13 +161,8 @@ class DMKBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.local = ConvNormAct(in_channels, out_channels, stride=2)
-        self.context: nn.Module = MultiKernelConv(out_channels)
+        self.context = MultiKernelConv(out_channels)
         self.mix = ConvNormAct(out_channels, out_channels, kernel_size=1)
-
-    def fold(self) -> None:
-        """Fold the two depthwise convolutions and the addition into one of 7x7, for inference."""
-        if isinstance(self.context, MultiKernelConv):
-            self.context = self.context.folded()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.local(x)  # L_l
@@ -198,15 +183,6 @@ class MultiKernelConv(nn.Module):
         super().__init__()
         self.conv5 = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         self.conv7 = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-
-    def folded(self) -> nn.Conv2d:
-        """One 7x7 convolution that gives the same."""
-        folded = copy.deepcopy(self.conv7)
-        assert folded.bias is not None and self.conv5.bias is not None
-        folded.weight.data += F.pad(self.conv5.weight.data, [1, 1, 1, 1])
-        folded.weight.data[:, :, 3, 3] += 1
-        folded.bias.data += self.conv5.bias.data
-        return folded
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv5(x) + self.conv7(x)

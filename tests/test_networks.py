@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS, DataError, load_torchscript, prepare_for_inference
-from networks.folding import WinogradConv2d
+from networks import DANIE, FIAS, DataError, load_torchscript
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -200,87 +199,10 @@ def test_channels_last_gives_the_same(build):
     torch.testing.assert_close(last, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_folded_gives_the_same(build):
-    net, x = build().eval(), image(4, 1, 128, 128)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    with torch.no_grad():
-        plain = net(x)
-        before = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-        prepare_for_inference(net)
-        torch.testing.assert_close(net(x), plain, atol=1e-4, rtol=1e-4)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) < before / 3  # MaxViT has some before convolutions
-
-
 def test_a_network_alone_waits_for_torch_and_no_more():
     heavy = ["monai", "ignite", "itk", "tensorboard", "matplotlib", "PIL", "timm", "nibabel", "pydicom"]
     script = f"import sys; from networks import DANIE, FIAS; print([m for m in {heavy} if m in sys.modules])"
     assert run("-c", script).stdout.strip() == "[]"
-
-
-class PreActivation(nn.Module):
-    """Registers its parts in another order than it computes them in, and calls one of them ``fold``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm, self.fold = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Fold((8, 8), 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv(self.norm(x).relu())
-
-
-def test_a_network_of_others_stays_as_it_is():
-    net, x = PreActivation().eval(), image(2, 1, 8, 8)
-    nn.init.constant_(net.norm.running_var, 3)
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    with torch.no_grad():
-        plain = net(x)
-        prepare_for_inference(net)
-        assert torch.equal(net(x), plain)
-    assert net.state_dict().keys() == before.keys()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(4, 16, 16), (40, 8, 8), (3, 21, 30), (9, 65, 4)])
-def test_winograd_s_way_equals_the_convolution(shape, bias):
-    torch._dynamo.reset()
-    b, h, w = shape
-    conv = nn.Conv2d(128, 144, 3, padding=1, bias=bias)
-    x = torch.randn(b, 128, h, w).to(memory_format=torch.channels_last)
-    assert WinogradConv2d.pays(conv)
-    with torch.no_grad():
-        exact = conv.double()(x.double()).float()
-        fast = WinogradConv2d(conv.float())
-        y = fast(x)
-        assert (y - exact).abs().max() < 1e-4 * exact.abs().max()
-        assert not torch.equal(y, conv(x)), "the convolution itself ran"
-        assert y.is_contiguous(memory_format=torch.channels_last) and y.shape == exact.shape
-        assert torch.equal(fast(x[:1, :, :4, :4]), conv(x[:1, :, :4, :4]))  # too small to pay
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(fast(x), conv(x))
-        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), y, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv2d(128, 128, 3, stride=2, padding=1),
-        nn.Conv2d(128, 128, 3, padding=2, dilation=2),
-        nn.Conv2d(128, 128, 3),
-        nn.Conv2d(128, 128, 3, padding="same"),
-        nn.Conv2d(128, 128, 3, padding=1, padding_mode="reflect"),
-        nn.Conv2d(128, 128, 3, padding=1, groups=2),
-        nn.Conv2d(128, 128, 3, padding=1, dtype=torch.bfloat16),
-        nn.Conv2d(64, 128, 3, padding=1),
-        nn.Conv2d(128, 128, 5, padding=1),
-        nn.Conv2d(1024, 1024, 3, padding=1),
-    ],
-)
-def test_other_convolutions_stay_as_they_are(conv):
-    assert not WinogradConv2d.pays(conv)
 
 
 def test_script_saves_loads_and_equals(build):

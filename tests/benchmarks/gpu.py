@@ -147,7 +147,7 @@ def main(
     log.write_text("")
     tests = "-m pytest -m gpu -vv -rs --durations=5 --disable-warnings -p no:cacheprovider".split()
     tests.append("tests/bundles/test_gpu.py")
-    tables = {"settings": "plain,prepared,bfloat16", "batches": "8,32", **(speed or {})}
+    tables = {"settings": "plain,last,bfloat16", "batches": "8,32", **(speed or {})}
     config = ROOT / "bundles" / bundle / "configs" / "train.json"
     training = ["-m", "monai.bundle", "run", "--config_file", str(config), "training"]
     options = {"num_workers": os.cpu_count(), **overrides, "device": device}

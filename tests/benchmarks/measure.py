@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from monai.networks.nets import UNETR, AttentionUnet, DynUNet, SwinUNETR, UNet
@@ -17,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from networks import DANIE, FIAS, prepare_for_inference  # noqa: E402
+from networks import DANIE, FIAS  # noqa: E402
+from networks.engine.engines import ENGINES, in_engine  # noqa: E402
 
-__all__ = ["NETWORKS", "Prepared", "chosen", "kept_for_backward", "macs", "peak_memory", "table", "wait"]
+__all__ = ["NETWORKS", "Prepared", "chosen", "kept_for_backward", "macs", "matrix_rate", "peak_memory", "table", "wait"]
 
 try:
     import einops  # noqa: F401  (of MONAI's transformers)
@@ -52,17 +54,23 @@ if UnetPlusPlus is not None:
 
 
 class Prepared(nn.Module):
-    """A copy of a network in a setting: ``plain``, ``prepared``, ``bfloat16``, ``compiled``, or several by ``+``."""
+    """A copy of a network in a setting: ``plain``, as constructed; ``last``, its channels last, as the bundles infer;
+    ``bfloat16`` that under autocast; ``compiled`` that by ``torch.compile``; ``openvino`` or ``onnxruntime``, in that
+    engine; or several joined by ``+``."""
 
     def __init__(self, network: nn.Module, setting: str) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval()
         self.bfloat16 = "bfloat16" in setting
         if setting != "plain":
-            prepare_for_inference(self.network)
             self.network.to(memory_format=torch.channels_last)
         if "compiled" in setting:
             self.network.compile()
+        for engine in ENGINES[1:]:
+            if engine in setting:
+                self.folder = TemporaryDirectory()
+                weights = Path(self.folder.name) / "model.pt"
+                self.network, self.bfloat16 = in_engine(self.network, engine, weights, self.bfloat16), False
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +83,17 @@ class Prepared(nn.Module):
 def chosen(names: str | Sequence[str]) -> list[str]:
     """Names from a command line, where fire takes ``A,B`` for a tuple and ``A-1,B`` for a text."""
     return [name.strip() for name in (names.split(",") if isinstance(names, str) else names) if name.strip()]
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, side: int = 2048) -> float:
+    """Multiply-accumulates of a large matrix product, in G a millisecond: what the processor can reach."""
+    a, b = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
+    taken = []
+    for _ in range(6):
+        start = wait(device)
+        torch.mm(a, b)
+        taken.append(wait(device) - start)
+    return side**3 / 1e12 / min(taken[1:])
 
 
 def wait(device: torch.device) -> float:

@@ -1,11 +1,12 @@
 """Time and memory of the networks beside their peers, in interleaved rounds of one process.
 
-    python tests/benchmarks/speed.py [--settings plain,prepared,bfloat16] [--only FIAS,UNet] [--device cuda]
+    python tests/benchmarks/speed.py [--settings plain,last,openvino,openvino+bfloat16] [--only FIAS,UNet]
 
-All peers need ``pip install einops segmentation-models-pytorch``. A table per setting: ``plain`` is fp32 as
-constructed, ``prepared`` as the bundles infer (weights folded, channels last), ``bfloat16`` that under autocast,
-``compiled`` that by ``torch.compile``, ``bfloat16+compiled`` both. The first network, the base of the ratios, is plain
-in all of them; peers are prepared as far as they let themselves.
+All peers need ``pip install einops segmentation-models-pytorch``. A table per setting, see
+:class:`measure.Prepared`: ``plain``, ``last``, ``bfloat16``, ``compiled``, ``openvino``, ``onnxruntime`` and such as
+``openvino+bfloat16``. All networks have the setting, but the first, the base of the ratios, is plain in all tables.
+Below each table is what a large matrix product reaches in the same run, in fp32 and bfloat16: ``of peak`` is the share
+of the first, of fp32, that a network's multiply-accumulates reach.
 
 Latency is of one slice alone. Time is of one in a batch, of the size that is best for the network; the ratio is the
 median over rounds of that to the first network's in the same round. Multiply-accumulates by
@@ -19,16 +20,18 @@ from statistics import median
 
 import fire
 import torch
-from measure import NETWORKS, Prepared, chosen, kept_for_backward, macs, peak_memory, table, wait
+from measure import NETWORKS, Prepared, chosen, kept_for_backward, macs, matrix_rate, peak_memory, table, wait
 
 COLUMNS = (
     *("network", "parameters, M", "MACs, G", "latency, ms"),
-    *("ms a slice", "batch", "ratio", "peak, MB", "step, MB", "kept, MB"),
+    *("ms a slice", "batch", "ratio", "of peak", "peak, MB", "step, MB", "kept, MB"),
 )
+
+DTYPES = {"fp32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(
-    settings: str | tuple[str, ...] = ("plain", "prepared"),
+    settings: str | tuple[str, ...] = ("plain", "last"),
     only: str | tuple[str, ...] = (),
     rounds: int = 5,
     batches: int | tuple[int, ...] = (4, 8),
@@ -50,6 +53,7 @@ def main(
     sizes = (1, *((batches,) if isinstance(batches, int) else batches))
     x = torch.rand(max(sizes), 1, side, side, device=device)
     threads = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    peak_rate = {name: matrix_rate(dtype, x.device) for name, dtype in DTYPES.items()}
     for setting in chosen(settings):
         torch.manual_seed(0)
         built = {name: NETWORKS[name](side).to(device) for name in names}
@@ -71,13 +75,22 @@ def main(
             step = peak_memory(lambda n=network: n(x[:2]).square().mean().backward(), x.device) / 1e6
             single, batched = taken[name][1][1:], taken[name][best[name]][1:]
             first = taken[names[0]][best[names[0]]][1:]
-            ratio = median(t / u for t, u in zip(batched, first, strict=True))
-            times = (f"{median(single):.1f}", f"{median(batched):.1f}", str(best[name]), f"{ratio:.2f}")
             cost = macs(network.eval(), x) / 1e9
+            share = cost / (median(batched) * peak_rate["fp32"])
+            ratio = median(t / u for t, u in zip(batched, first, strict=True))
+            times = (
+                f"{median(single):.1f}",
+                f"{median(batched):.1f}",
+                str(best[name]),
+                f"{ratio:.2f}",
+                f"{100 * share:.0f} %",
+            )
             memory = (f"{peaks[name] / 1e6:.0f}", f"{step:.0f}", f"{kept:.0f}")
             rows.append((name, f"{parameters:.1f}", f"{cost:.2f}", *times, *memory))
         print(f"\n{setting}: {side} x {side}, {rounds} rounds, {threads}, torch {torch.__version__}\n")
         print(table(COLUMNS, rows))
+        reached = ", ".join(f"{name} {2000 * rate:.0f}" for name, rate in peak_rate.items())
+        print(f"\nA matrix product of 2048 x 2048 reaches, in GFLOPS: {reached}.")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python tests/benchmarks/volume.py [--network FIAS] [--shape 512,512,150] [--only plain,bundle]
 
-The transforms are those of ``fias_synapse``. ``bundle`` is how the bundles infer: ``LabelInferer``, weights folded,
-channels last; in fp32, and in bfloat16, the default on a GPU that has it. ``plain`` is the plain recipe: the volume
-resized, MONAI's ``SliceInferer`` slice by slice in fp32, all logits resized back, the greatest class. ``differ`` is the
-share of voxels with another label than the first row's. Weights are random, with heads that
-find several classes.
+The transforms are those of ``fias_synapse``. ``bundle`` is how the bundles infer: ``LabelInferer``, channels last; in
+fp32, and in bfloat16, the default on a GPU that has it; on a CPU in each engine too. ``plain`` is the plain recipe: the
+volume resized, MONAI's ``SliceInferer`` slice by slice in fp32, all logits resized back, the greatest class. ``differ``
+is the share of voxels with another label than the first row's. Weights are random; their heads find several classes.
 """
 
 from __future__ import annotations
@@ -108,11 +107,14 @@ def main(
     size = (SIDE, SIDE)
     recipes: dict[str, tuple[Callable[[], nn.Module], Inferer]] = {  # each prepared after the one before it ran
         f"{network} plain": (lambda: net, SliceInferer(roi_size=size, sw_batch_size=1, spatial_dim=2)),
-        f"{network} bundle fp32": (lambda: Prepared(net, "prepared"), LabelInferer(size, BATCH)),
-        f"{network} bundle bfloat16": (lambda: Prepared(net, "prepared"), LabelInferer(size, BATCH, bfloat16=True)),
+        f"{network} bundle fp32": (lambda: Prepared(net, "last"), LabelInferer(size, BATCH)),
+        f"{network} bundle bfloat16": (lambda: Prepared(net, "last"), LabelInferer(size, BATCH, bfloat16=True)),
     }
     if not has_bfloat16(device):
         del recipes[f"{network} bundle bfloat16"]
+    if device == "cpu":
+        for setting in ("openvino", "openvino+bfloat16", "onnxruntime"):
+            recipes[f"{network} bundle {setting}"] = (lambda s=setting: Prepared(net, s), LabelInferer(size, BATCH))
     if "SwinUNETR, 48 features" in NETWORKS:
         swin = NETWORKS["SwinUNETR, 48 features"](SIDE).to(device).eval()
         recipes["SwinUNETR LabelInferer fp32"] = (lambda: swin, LabelInferer(size, BATCH))
