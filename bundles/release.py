@@ -168,12 +168,13 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         if config.name == "metadata.json":
             own = source / "models" / "pretrained.pt"
             if model.resolve() != own.resolve() and json.loads(text)["eval_metrics"]:
-                text = re.sub(r'"eval_metrics": {[^}]*}', '"eval_metrics": {}', text)
+                text = re.sub(r'^    "eval_metrics": {.*?^    }', '    "eval_metrics": {}', text, flags=re.M | re.S)
                 print(f"no eval_metrics: those of {config.name}, like the figures of the docs, are of {own}.")
         else:
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
             # the overlays of a device, such as TensorRT's, hold some of these to what it needs
-            bake = {"train": {**trained, **values}, "evaluate": values, "inference": values}.get(config.stem, {})
+            own_values = {"train": {**trained, **values}, "evaluate": values, "inference": values, "measure": values}
+            bake = own_values.get(config.stem, {})
             for key, value in bake.items():
                 indent = " " * (4 if f"@trained['{key}']" not in text else 8)
                 if match := re.search(rf'^{indent}"{re.escape(key)}": ', text, re.M):

@@ -51,11 +51,12 @@ def truth_of(folder: Path) -> dict[str, dict[str, float]]:
 def beats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("beats")
     told = run("bundles/phantoms.py", "acdc", str(folder), "--cine", "True", "--size", "64", "--slices", "3").stdout
-    assert [line.split(" in ")[0] for line in told.splitlines()] == [
-        "12 patients, 24 volumes",
-        "12 beats of 14 frames beside them, and their volumes",
-        "2 studies",
-    ]
+    patients, beats, *studies = told.splitlines()
+    assert patients.startswith("12 patients, 24 volumes in ") and beats.startswith("12 beats of 14 frames ")
+    assert len(studies) == 2
+    for line, patient in zip(studies, ("patient002", "patient003"), strict=True):
+        true = truth_of(folder)[patient]
+        assert patient in line and f"LV {true['lv_ef_percent']:.1f} %, RV {true['rv_ef_percent']:.1f} %" in line
     return folder
 
 
