@@ -11,14 +11,8 @@ import math
 import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -27,6 +21,7 @@ import pytest
 import requests
 import torch
 from conftest import ROOT, run, save_random
+from servers import monai_label
 
 from networks import DANIE, FIAS
 
@@ -106,45 +101,9 @@ def run_alone(bundle: Path, studies: Path, output: Path) -> None:
 @pytest.fixture(scope="module")
 def server(models, studies, alone) -> Iterator[str]:
     """The server's address."""
-    app = models.parent / "monaibundle"
-    launch = "-m monailabel.main apps --download --name monaibundle --output".split()
-    run(*launch, str(app.parent))
-    shutil.copytree(models, app / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    conf = {"models": ",".join(NETWORKS), "zoo_source": "local", "sam2": "false", "epistemic_simulation_size": "2"}
-    conf["epistemic_model"] = conf["models"]
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", app, "--studies", studies]
-    command += ["--host", "127.0.0.1", "--port", port]
-    for key, value in conf.items():
-        command += ["--conf", key, value]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MONAI_LABEL_AUTO_UPDATE_SCORING": "false"}
-    environment.pop("PYTHONPATH", None)
-    log = (models.parent / "server.log").open("w")
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=app, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait(address, process)
+    conf = {"epistemic_model": ",".join(NETWORKS), "epistemic_simulation_size": "2"}
+    with monai_label(models, studies, conf=conf) as address:
         yield address
-    finally:
-        with suppress(ProcessLookupError):  # it did not start, which the log tells of
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        log.close()
-        print((models.parent / "server.log").read_text()[-6000:])
-
-
-def _wait(address: str, process: subprocess.Popen, seconds: int = 180) -> None:
-    for _ in range(seconds):
-        assert process.poll() is None, "the server did not start"
-        try:
-            return requests.get(f"{address}/info/").raise_for_status()
-        except requests.ConnectionError:
-            time.sleep(1)
-    raise AssertionError("the server did not answer")
 
 
 def ask(method: str, url: str, **options) -> requests.Response:
