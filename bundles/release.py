@@ -168,7 +168,9 @@ def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: 
         if config.name == "metadata.json":
             own = source / "models" / "pretrained.pt"
             if model.resolve() != own.resolve() and json.loads(text)["eval_metrics"]:
-                text = re.sub(r'^    "eval_metrics": {.*?^    }', '    "eval_metrics": {}', text, flags=re.M | re.S)
+                start = text.index('"eval_metrics": ') + len('"eval_metrics": ')
+                _, end = json.JSONDecoder().raw_decode(text, start)
+                text = f"{text[:start]}{{}}{text[end:]}"
                 print(f"no eval_metrics: those of {config.name}, like the figures of the docs, are of {own}.")
         else:
             text = text.replace(f'"name": "{source.name}"', f'"name": "{name}"')
