@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 
+import pydicom
 import pytest
 import torch
+from pydicom.uid import generate_uid
 from torch import nn
 
 from networks import FIAS
@@ -129,6 +131,20 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return root / dataset
 
     return phantoms
+
+
+def write_phase(cine: Path, folder: Path, number: int) -> None:
+    """Write a phase of a cine, by its number from 0, as a DICOM series of its own, in a study of its own."""
+    slices = [pydicom.dcmread(file) for file in cine.iterdir()]
+    moment = sorted({float(one.TriggerTime) for one in slices})[number]
+    folder.mkdir(parents=True)
+    for one in (one for one in slices if float(one.TriggerTime) == moment):
+        for level in ("Study", "Series", "SOP"):
+            own = [one[f"{level}InstanceUID"].value, "phases", *([str(number)] if level == "Series" else [])]
+            setattr(one, f"{level}InstanceUID", generate_uid(entropy_srcs=own))
+        one.file_meta.MediaStorageSOPInstanceUID = one.SOPInstanceUID
+        one.SeriesNumber, one.SeriesDescription = 101 + number, f"phase {number + 1}"
+        one.save_as(folder / f"{one.InstanceNumber}.dcm")
 
 
 class Unprivileged:

@@ -24,6 +24,8 @@ class LabelInferer(Inferer):
     before the next batch comes. Memory holds one byte per voxel, where MONAI's ``SliceInferer`` holds a float per voxel
     and class. In fp32 the label map is the same.
 
+    The network gets the slices alone: MONAI Deploy hands an inferer all other tensors of the case, too.
+
     Args:
         size: height and width that the network sees.
         batch_size: slices in one forward.
@@ -84,9 +86,9 @@ class LabelInferer(Inferer):
         for batch in slices.split(self.batch_size):
             x = _resize(batch, self.size)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-                logits = network(x, *args, **kwargs).float()
+                logits = network(x).float()
                 if self.flips and not training:
-                    views = [network(x.flip(axes), *args, **kwargs).flip(axes) for axes in ((2,), (3,), (2, 3))]
+                    views = [network(x.flip(axes)).flip(axes) for axes in ((2,), (3,), (2, 3))]
                     logits = torch.stack([logits, *views]).float().softmax(2).mean(0)
             if logits.shape[1] > 256:
                 raise DataError(f"The network has {logits.shape[1]} classes, more than the 256 that a label map holds.")
