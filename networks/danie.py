@@ -255,7 +255,7 @@ class SelfAttentionPerception(nn.Module):
     def _fuse_attention(self, fused: bool) -> None:
         for module in self.maxvit.modules():
             if hasattr(module, "fused_attn"):
-                setattr(module, "fused_attn", fused)
+                module.fused_attn = fused  # type: ignore[assignment]
 
 
 class HierarchicalAttentionPerception(nn.Module):

@@ -58,7 +58,7 @@ BTCV_LABELS = {raw: BTCV_ORGANS.get(raw, 0) for raw in range(14)}
 
 MASK_LABELS = {0: 0, 255: 1}
 
-INSTANCE_LABELS = {0: 0, **{raw: 1 for raw in range(1, 256)}}
+INSTANCE_LABELS = {0: 0, **dict.fromkeys(range(1, 256), 1)}
 
 
 def cases(layout: str, dataset_dir: str | Path, split: str, patient: str = PATIENT) -> Cases:
@@ -160,13 +160,12 @@ def _acdc(root: Path) -> Splits:
 
 
 def _btcv(root: Path) -> Splits:
-    for images, labels in (("img", "label"), ("imagesTr", "labelsTr")):
-        places = [images, f"Training/{images}", f"RawData/Training/{images}"]
-        folder = _first(root, places, "img[0-9][0-9][0-9][0-9].*")
-        if folder:
-            break
-    else:
+    names = {"img": "label", "imagesTr": "labelsTr"}
+    places = [f"{above}{images}" for images in names for above in ("", "Training/", "RawData/Training/")]
+    folder = _first(root, places, "img[0-9][0-9][0-9][0-9].*")
+    if folder is None:
         return {}
+    labels = names[folder.name]
     splits: Splits = {name: [] for name in SPLITS}
     for image in files_named_like(folder, VOLUMES, r"img\d{4}"):
         number = stem_of(image)[3:]

@@ -22,8 +22,8 @@ def below(folder: Path, left_out: list[dict[str, str]]) -> Iterator[Path]:
 
     entered: set[str] = set()
     starts = [folder]
-    for start in starts:
-        for root, names, files in os.walk(start, onerror=note):
+    while starts:
+        for root, names, files in os.walk(starts.pop(0), onerror=note):
             if (real := os.path.realpath(root)) in entered:
                 names.clear()
                 continue

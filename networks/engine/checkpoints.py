@@ -232,4 +232,6 @@ class Checkpoints:
             try:
                 torch.save(state, file)
             except RuntimeError as error:  # torch tells of a full disk as of a wrong position
-                raise error.__context__ if isinstance(error.__context__, OSError) else error
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
