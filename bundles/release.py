@@ -135,7 +135,8 @@ def release(
 def _files(source: Path, name: str, values: dict[str, Any], weights: str, half: bool) -> dict[str, bytes]:
     files = {str(p.relative_to(source)): p.read_bytes() for p in sorted((source / "docs").glob("*"))}
     files["docs/guide.md"] = (ROOT / "bundles" / "README.md").read_bytes()
-    files["docs/HEARTS.md"] = (ROOT / "bundles" / "HEARTS.md").read_bytes()
+    for page in ("HEARTS.md", "HOSPITAL.md"):
+        files[f"docs/{page}"] = (ROOT / "bundles" / page).read_bytes().replace(b"(README.md#", b"(guide.md#")
     files["LICENSE"] = (source / "LICENSE").read_bytes()
     places = [Path(weights)] if weights else [source / "models" / f"{name}.pt" for name in ("model", "pretrained")]
     model = next((place for place in places if place.is_file()), places[-1])

@@ -17,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import monai.bundle
 import nibabel as nib
 import numpy as np
@@ -100,8 +101,11 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published, weights):
         names = archive.namelist()
         configs = {Path(n).stem: archive.read(n).decode() for n in names if n.endswith(".json")}
         shipped = torch.load(io.BytesIO(archive.read("fias_acdc/models/model.pt")), weights_only=True)
+        hospital = archive.read("fias_acdc/docs/HOSPITAL.md")
+    assert b"(guide.md#exports)" in hospital and b"(README.md" not in hospital  # the card is README.md there
     assert all(n.startswith("fias_acdc/") for n in names) and names == sorted(names)
-    for file in ("LICENSE", "models/model.pt", "docs/README.md", "docs/guide.md", "docs/HEARTS.md"):
+    pages = [f"docs/{page}.md" for page in ("README", "guide", "HEARTS", "HOSPITAL")]
+    for file in ("LICENSE", "models/model.pt", *pages):
         assert f"fias_acdc/{file}" in names
     assert f"fias_acdc/{CODE}/networks/data/slices.py" in names and not any("__pycache__" in n for n in names)
     assert not any('"networks.' in c or '"$import networks"' in c for c in configs.values())
@@ -116,6 +120,12 @@ def test_a_release_holds_what_it_needs_and_nothing_else(published, weights):
     assert f"weights: {weights}" in printed and "no eval_metrics: those of metadata.json" in printed
     floats = [v for v in shipped.values() if v.is_floating_point()]
     assert all(v.dtype == (torch.float16 if v.dim() > 1 else torch.float32) for v in floats)
+
+
+@pytest.mark.skipif("ZOO_SCHEMA" not in os.environ, reason="name a file of the model zoo's schema in ZOO_SCHEMA")
+@pytest.mark.parametrize("file", sorted((ROOT / "bundles").glob("*/configs/metadata.json")), ids=lambda f: f.parts[-3])
+def test_the_metadata_follow_the_model_zoo_s_schema(file):
+    jsonschema.validate(json.loads(file.read_text()), json.loads(Path(os.environ["ZOO_SCHEMA"]).read_text()))
 
 
 def test_the_same_input_gives_the_same_bytes(published, release, tmp_path):
