@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class EngineNetwork(nn.Module):
         self.weights = weights
         self.precision = "bf16" if bfloat16 else "f32"  # the hint's words; without one OpenVINO chooses by itself
         self.open = {"openvino": self._open_openvino, "onnxruntime": self._open_onnxruntime}[engine]
-        self.library = _library(engine, engine)
+        _check_installed(engine, engine)
         self.engine = engine
         self.opened: dict[tuple[int, ...], Callable[[Any], Any]] = {}
         self.train(network.training)
@@ -118,13 +118,14 @@ class EngineNetwork(nn.Module):
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # each of several processes would take the same cores
         }
-        compiled = self.library.Core().compile_model(file, "CPU", settings)
+        compiled = import_module("openvino").Core().compile_model(file, "CPU", settings)
         return lambda x: compiled(x)[0]
 
     def _open_onnxruntime(self, file: Path) -> Callable[[Any], Any]:
-        options = self.library.SessionOptions()
+        library = import_module("onnxruntime")
+        options = library.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = self.library.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        session = library.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         return lambda x: session.run(None, {"image": x})[0]
 
     def _file(self, shape: tuple[int, ...]) -> Path:
@@ -155,18 +156,18 @@ class EngineNetwork(nn.Module):
         )
 
 
-def _library(name: str, engine: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
+def _check_installed(name: str, engine: str) -> None:
+    """Without loading it: a loader's workers, forked from a process that has OpenVINO loaded, may wait for ever."""
+    if find_spec(name) is None:
         raise DataError(
-            f"The engine {engine} is not installed: pip install {engine} onnx, or choose the engine torch. ({error})"
-        ) from error
+            f"The engine {engine} is not installed: pip install {engine} onnx, or choose the engine torch. "
+            f"({name} is missing)"
+        )
 
 
 def _converted(network: nn.Module, shape: tuple[int, ...], engine: str) -> bytes:
     """A network in eval mode as ONNX, for batches of any size of slices ``C, H, W``."""
-    _library("onnx", engine)  # torch's exporter needs it too
+    _check_installed("onnx", engine)  # torch's exporter needs it
     file: Any = io.BytesIO()
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each size that the network looks at is a warning; the slices' are fixed
