@@ -29,6 +29,9 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["monai.bundle", "networks.data", "networks.engine", "networks.results"])
 
 
+collect_ignore = ["bundles/deploy_app.py"]  # a program of MONAI Deploy's SDK, which is not installed here
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
     parser.addoption("--device", default="cuda", help="of the tests marked gpu; cpu rehearses them without one")

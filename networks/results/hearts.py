@@ -255,7 +255,7 @@ def function_flags(
         if math.isnan(ef):
             flags.append(f"{NAMES[side]}: not found at end-diastole, so it has no ejection fraction")
         elif not EF_RANGE[0] <= ef <= EF_RANGE[1]:
-            flags.append(f"{NAMES[side]}: ejection fraction {ef:.0f} %, outside {EF_RANGE[0]} to {EF_RANGE[1]} %")
+            flags.append(f"{NAMES[side]}: ejection fraction {round(ef)} %, outside {EF_RANGE[0]} to {EF_RANGE[1]} %")
     myocardium = np.asarray(volumes["myo"], float)
     low, high = myocardium.min(), myocardium.max()
     if high - low > MYOCARDIUM_CHANGE * high:
