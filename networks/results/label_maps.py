@@ -17,7 +17,7 @@ from monai.utils import get_equivalent_dtype
 from PIL import Image
 
 from ..data.folders import folder_of
-from ..data.formats import NIFTI, PICTURES, SERIES
+from ..data.formats import MOST_CLASSES, NIFTI, PICTURES, SERIES
 from ..data.readers import file_of, load_nifti
 from ..errors import DataError
 from ..storage import whole_file
@@ -119,9 +119,10 @@ class SaveImageLabelMapd(SaveImaged):
         output_ext: ``".nii.gz"``, or ``".png"`` of pictures.
         data_root_dir: the images' folder, or the one image; subfolders are made in ``output_dir`` too.
         numbers: those of the classes in the file, ``{1: 3, 2: 2, 3: 1}``; a class that is not named keeps its own.
+        num_classes: how many classes there are.
 
     Raises:
-        DataError: when numbers are no different whole numbers from 0 to 255.
+        DataError: when a number is no whole one from 0 to 255, is of no class, or two classes have one number.
         OSError: when the file cannot be written, with its name. MONAI would tell of it as a missing writer.
     """
 
@@ -132,6 +133,7 @@ class SaveImageLabelMapd(SaveImaged):
         output_ext: str = ".nii.gz",
         data_root_dir: str | Path = "",
         numbers: Mapping[int, int] | None = None,
+        num_classes: int = MOST_CLASSES,
     ) -> None:
         super().__init__(
             keys,
@@ -142,12 +144,35 @@ class SaveImageLabelMapd(SaveImaged):
             separate_folder=False,
         )
         self.output_dir = Path(output_dir)
-        self.numbers = _numbers(numbers or {})
+        self.numbers = _numbers(numbers or {}, num_classes)
         self._joined = _Joined()
 
     def target(self, image: str | Path) -> Path:
         """The file of an image's label map. Its folder is made."""
         return Path(self.saver.folder_layout.filename(**_result_name({"filename_or_obj": str(image)}, self.saver)))
+
+    def classes(self, label: Any, file: str | Path) -> np.ndarray:
+        """The classes in a label map as it lies in its file.
+
+        Args:
+            label: any shape, as it was read.
+            file: that it came from.
+
+        Returns:
+            Classes of the same shape, of unsigned 8 bit.
+
+        Raises:
+            DataError: when it holds a number that no class has.
+        """
+        values = np.asarray(label)
+        classes = {int(number): known for known, number in enumerate(self.numbers)}
+        found = np.unique(values)
+        if unknown := [value for value in found.tolist() if value not in classes]:
+            raise DataError(
+                f"{file} holds the numbers {unknown[:5]}, expected none but {', '.join(map(str, classes))}. Correct "
+                "it, or segment the image again."
+            )
+        return np.array([classes[int(value)] for value in found], np.uint8)[np.searchsorted(found, values)]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -165,18 +190,17 @@ class SaveImageLabelMapd(SaveImaged):
         return d
 
 
-def _numbers(numbers: Mapping[int, int]) -> np.ndarray:
-    """The number in the file of each class, 256 of them."""
-    table = np.arange(256)
+def _numbers(numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
+    """The number in the file of each class."""
     named = {int(known): number for known, number in numbers.items()}  # texts in JSON
-    values = list(named.values())
-    if not all(isinstance(n, int) and 0 <= n < 256 for n in (*named, *values)) or len(set(values)) < len(values):
+    table = [named.get(known, known) for known in range(num_classes)]
+    whole = all(isinstance(number, int) and 0 <= number < MOST_CLASSES for number in table)
+    if not whole or len(set(table)) < num_classes or not named.keys() <= set(range(num_classes)):
         raise DataError(
-            f"label_numbers are the classes and their numbers in the file, each from 0 to 255 and once, got {numbers}."
+            f"label_numbers are classes from 0 to {num_classes - 1} and their numbers in the file, from 0 to 255 and "
+            f"another for each class, got {dict(numbers)}. A class that is not named keeps its own."
         )
-    for known, number in named.items():
-        table[known] = number
-    return table.astype(np.uint8)
+    return np.array(table, np.uint8)
 
 
 class SaveImageMapsd(MapTransform):

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import Evaluator, IterationEvents
+from monai.utils import ensure_tuple
 
 from ..data.cine import TimeSeries, nifti_series
+from ..data.folders import natural_order
 from ..data.formats import NIFTI, PICTURES
 from ..data.geometry import seen_voxels, slices_along
 from ..data.readers import read_image
@@ -87,11 +89,11 @@ class Measures:
         self.curves = curves
         self.enabled = enabled
         self._frames: list[Row] = []
-        self._image = ""
 
     def attach(self, evaluator: Evaluator) -> None:
         """Attach to an evaluator whose batches have the image as it was loaded as ``"raw"``."""
         if self.enabled:
+            evaluator.add_event_handler(Events.ITERATION_STARTED, self._forget)
             evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, self._measure)  # an error is the case's
             evaluator.add_event_handler(Events.COMPLETED, self._finish)
 
@@ -159,6 +161,7 @@ class Measures:
 
     def _patient(self, records: Sequence[Row]) -> Row:
         """The row of one heart over time: of one file or study, or of a file for each frame."""
+        records = sorted(records, key=lambda record: natural_order(record["id"]))
         image = records[0]["image"]
         info = read_info(Path(image).parent)
         frames = [frame for record in records for frame in record["frames"]]
@@ -181,11 +184,16 @@ class Measures:
                 figure.savefig(name)
         return row
 
+    def _forget(self, evaluator: Evaluator) -> None:
+        """Measures of an earlier label map would pass for those of the new one, if the run ended between the two."""
+        for image in ensure_tuple(evaluator.state.batch["image"].meta["filename_or_obj"]):
+            self.file(image).unlink(missing_ok=True)
+
     def _measure(self, evaluator: Evaluator) -> None:
         for case, output in zip(evaluator.state.batch, evaluator.state.output, strict=True):
             image = str(case["image"].meta["filename_or_obj"])
-            if image != self._image:
-                self._image, self._frames = image, []
+            if int(case.get("frame", 0)) == 0:
+                self._frames = []
             probability = output.get("confidence")
             self._frames.append(
                 self._of_frame(
@@ -213,7 +221,6 @@ class Measures:
         return row
 
     def _of_files(self, case: Mapping[str, Any], target: Path) -> list[Row]:
-        classes = np.argsort(self.saver.numbers)  # the class of each number in the file
         series: TimeSeries | None = case.get("series")
         labels = nifti_series(target) if target.name.endswith(NIFTI) else None
         if (series is None) != (labels is None) or (series and labels and series.frames != labels.frames):
@@ -229,7 +236,7 @@ class Measures:
                     f"{target} has shape {list(label.shape[1:])}, its image {list(image.shape[1:])}: they must be "
                     "of one grid. Segment the image again."
                 )
-            frames.append(self._of_frame(classes[np.asarray(label, np.uint8)[0]].astype(np.uint8), image))
+            frames.append(self._of_frame(self.saver.classes(label[0], target), image))
         return frames
 
     def _keep(self, image: str, frames: list[Row]) -> None:

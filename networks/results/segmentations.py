@@ -74,7 +74,7 @@ class DicomSegmentations:
 
     def _classes(self, image: str) -> np.ndarray:
         """The label map of a time series, ``X, Y, Z, T``, as it was written."""
-        labels = nifti_series(self.saver.target(image))
+        target = self.saver.target(image)
+        labels = nifti_series(target)
         assert labels is not None
-        classes = np.argsort(self.saver.numbers).astype(np.uint8)  # by the numbers in the file
-        return np.stack([classes[np.asarray(labels.read(t), np.uint8)[0]] for t in range(labels.frames)], -1)
+        return np.stack([self.saver.classes(labels.read(t)[0], target) for t in range(labels.frames)], -1)

@@ -209,8 +209,48 @@ def test_label_numbers_of_others(images, run, tmp_path):
     assert table(tmp_path / "others") == table(out)
     run("measure", **others)
     assert table(tmp_path / "others") == table(out)
-    with pytest.raises(DataError, match="label_numbers"):
-        run(label_numbers={1: 3, 2: 3})
+    others["label_numbers"] = {1: 85, 2: 170, 3: 255}  # of the STACOM challenges' kind
+    run(**others)
+    run("measure", **others)
+    assert table(tmp_path / "others") == table(out)
+    for wrong in ({1: 3, 2: 3}, {1: 3}, {4: 1}, {1: 256}):  # {1: 3} would leave class 3 its own number, too
+        with pytest.raises(DataError, match="label_numbers"):
+            run(label_numbers=wrong)
+
+
+def test_a_corrected_label_map_with_other_numbers_is_refused_by_name(images, run):
+    out = run()
+    labels = nib.load(out / "volume_seg.nii.gz")
+    values = labels.get_fdata(dtype=np.float32)
+    for wrong in (1.5, 7, 257):
+        values[0, 0, 0] = wrong
+        nib.save(nib.Nifti1Image(values, labels.affine), out / "volume_seg.nii.gz")
+        with pytest.raises(DataError, match=f"volume_seg.nii.gz holds the numbers .{wrong}"):
+            run("measure")
+
+
+def test_the_same_case_again_in_one_process_is_measured_again(images, weights, tmp_path):
+    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
+    options = {
+        "dataset_dir": str(images / "volume.nii.gz"),
+        "output_dir": str(tmp_path / "out"),
+        "ckpt_dir": str(weights),
+    }
+    workflow = ConfigWorkflow(
+        f"{CONFIGS}/inference.json",
+        meta_file=f"{CONFIGS}/metadata.json",
+        device="cpu",
+        image_size=32,
+        network_def=network,
+        **options,
+    )
+    workflow.initialize()
+    evaluator = workflow.parser.get_parsed_content("evaluator")
+    for _ in range(2):
+        evaluator.run()
+        kept = tmp_path / "out" / "measures" / "volume.json"
+        assert kept.is_file() and len(table(tmp_path / "out")) == 1
+        kept.unlink()
 
 
 def test_maps_of_how_sure_the_label_maps_are(images, run):
