@@ -16,6 +16,8 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 import pydicom
 import pytest
 import torch
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 from pydicom.uid import generate_uid
 from torch import nn
 
@@ -106,6 +108,17 @@ def _bundle_runner(arguments: tuple[str, ...], cwd: Path, output: str) -> None:
         sys.exit(1)
     finally:
         atexit._run_exitfuncs()
+
+
+def group(**values: object) -> Dataset:
+    """A functional group: sequences of one item each, by their pydicom keywords."""
+    found = Dataset()
+    for name, items in values.items():
+        inner = Dataset()
+        for key, value in items.items():
+            setattr(inner, key, value)
+        setattr(found, name, Sequence([inner]))
+    return found
 
 
 def random_heads(network: nn.Module) -> nn.Module:

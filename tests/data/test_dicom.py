@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import group
 from monai.transforms import Compose
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
@@ -174,17 +175,6 @@ def write_stack(folder: Path, stack: np.ndarray = STACK, **values: list) -> None
         place = {"PixelSpacing": [1.5, 1.6], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}
         place["ImagePositionPatient"] = [0, 0, 10 * z]
         write(folder / f"{9 - z}.dcm", MR, pixels, SeriesDate="20200101", InstanceNumber=z + 1, **place, **own)
-
-
-def group(**values: object) -> Dataset:
-    """A functional group: sequences of one item each, by their pydicom keywords."""
-    found = Dataset()
-    for name, items in values.items():
-        inner = Dataset()
-        for key, value in items.items():
-            setattr(inner, key, value)
-        setattr(found, name, Sequence([inner]))
-    return found
 
 
 def write_enhanced(file: Path, stack: np.ndarray, positions: list[float], slopes: list[float] | None = None) -> None:

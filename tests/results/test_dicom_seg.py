@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import ROOT
+from conftest import ROOT, group
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -85,17 +85,6 @@ def write_series(folder: Path, turn: np.ndarray = OBLIQUE, slices: int = SLICES,
         where = {"ImagePositionPatient": place(z, turn), "ImageOrientationPatient": [*turn[:, 0], *turn[:, 1]]}
         write(folder / f"{(z * 3) % 7}.dcm", PixelSpacing=list(SPACING), InstanceNumber=9 - z, **{**where, **tags})
     return folder
-
-
-def group(**values: dict) -> Dataset:
-    """A functional group: sequences of one item each."""
-    found = Dataset()
-    for name, items in values.items():
-        inner = Dataset()
-        for key, value in items.items():
-            setattr(inner, key, value)
-        setattr(found, name, Sequence([inner]))
-    return found
 
 
 def write_enhanced(file: Path, places: list[tuple[int, int]], turn: np.ndarray = OBLIQUE, **tags: object) -> None:
