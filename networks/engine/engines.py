@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,11 +190,17 @@ def _fingerprint(network: nn.Module) -> str:
     digest = hashlib.sha256(f"{network} {torch.__version__} {OPSET}".encode())
     sources = {getattr(sys.modules[type(module).__module__], "__file__", None) for module in network.modules()}
     for source in sorted(filter(None, sources)):
-        digest.update(Path(source).read_bytes())
+        digest.update(_code(source))
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _code(source: str) -> bytes:
+    """A file of code, as it was when it was first asked for: what was imported does not change with its file."""
+    return Path(source).read_bytes()
 
 
 def _cache() -> Path:
