@@ -10,10 +10,11 @@ from typing import Any
 from .danie import DANIE
 from .dilateformer import DilateFormer
 from .errors import DataError, explain_errors
+from .exports import check_export, load_exported, load_torchscript, save_exported
 from .fias import FIAS
 from .losses import SubsetSumLoss
 from .trained_for import check_values, trained_values
-from .weights import check_export, load_matching, load_torchscript, load_weights
+from .weights import load_matching, load_weights
 
 _ROOMS = ["data", "engine", "results"]
 
@@ -26,9 +27,11 @@ __all__ = [
     "check_export",
     "check_values",
     "explain_errors",
+    "load_exported",
     "load_matching",
     "load_torchscript",
     "load_weights",
+    "save_exported",
     "trained_values",
     *_ROOMS,
 ]

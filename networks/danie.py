@@ -566,6 +566,8 @@ def _product_in_32_bit(a: Tensor, b: Tensor) -> Tensor:
         return (a.double() @ b.double()).float()
     if torch.jit.is_tracing():
         return (a.double() @ b.double()).float()
+    if torch.compiler.is_exporting():  # leaves out a float() that has nothing to do without autocast
+        return (a.double() @ b.double()).float()
     with torch.autocast(a.device.type, enabled=False):
         return a.float() @ b.float()
 

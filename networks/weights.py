@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import DataError
 from .trained_for import check_values
 
-__all__ = ["check_export", "load_matching", "load_torchscript", "load_weights", "read_tensors", "read_weights"]
+__all__ = ["load_matching", "load_weights", "read_tensors", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,48 +94,6 @@ def load_weights(module: nn.Module, path: str | Path, values: Mapping[str, Any] 
     check_values(path, {"network": type(module).__name__, **(values or {})})
     load_state_dict(module, read_weights(path), source=str(path))
     logger.info(f"weights: {path}")
-
-
-def load_torchscript(path: str | Path, device: torch.device | str = "cpu") -> torch.jit.ScriptModule:
-    """Load a network with its weights from a file that ``monai.bundle ckpt_export`` or ``trt_export`` wrote.
-
-    Args:
-        path: the file.
-        device: where the network goes.
-
-    Returns:
-        The network, in eval mode.
-
-    Raises:
-        FileNotFoundError: when there is no such file, with what to do about it.
-        DataError: when it is truncated, or no TorchScript.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"No network at {path}. Export it by python -m monai.bundle ckpt_export (or trt_export, for TensorRT), "
-            "or name its folder by --ckpt_dir."
-        )
-    try:
-        return torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        raise DataError(f"Cannot read {path} as TorchScript: truncated, or another format. Export it again.") from error
-
-
-def check_export(exported: str | Path, weights: str | Path) -> None:
-    """Refuse an exported network that is older than the weights whose values it would be used with.
-
-    Args:
-        exported: the TorchScript or TensorRT file.
-        weights: the weights in its folder. Where there are none, a line in the log says that nothing tells what the
-            network was trained for.
-
-    Raises:
-        DataError: when the weights are newer.
-    """
-    if not Path(weights).is_file():
-        logger.warning(f"nothing tells what {exported} was trained for: the config's values are taken for it.")
-    elif Path(exported).is_file() and Path(exported).stat().st_mtime < Path(weights).stat().st_mtime:
-        raise DataError(f"{exported} is older than {weights}, and may be of others. Export these weights again.")
 
 
 def load_state_dict(module: nn.Module, state: StateDict, source: str, leftover: Iterable[str] = ()) -> None:

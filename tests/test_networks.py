@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import DANIE, FIAS, DataError, load_torchscript
+from networks import DANIE, FIAS, DataError, load_exported, load_torchscript, save_exported
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -218,12 +218,30 @@ def test_script_saves_loads_and_equals(build):
     assert len(scripted.train()(x)) > 1
 
 
-def test_a_file_that_is_no_torchscript_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model.ts.*ckpt_export"):
-        load_torchscript(tmp_path / "model.ts")
-    (tmp_path / "model.ts").write_bytes(b"no network")
-    with pytest.raises(DataError, match="model.ts.*TorchScript"):
-        load_torchscript(tmp_path / "model.ts")
+@long
+def test_an_exported_program_equals_for_every_batch_and_in_bfloat16(build, tmp_path):
+    net, file = build(deep_supervision=True).train(), tmp_path / "model.pt2"
+    save_exported(net, file, (1, 64, 96))
+    assert net.training
+    net.eval()
+    exported = load_exported(file).train()
+    for size in (1, 3):
+        x = image(size, 1, 64, 96)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(x), net(x), atol=1e-5, rtol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                torch.testing.assert_close(exported(x), net(x), atol=2e-2, rtol=2e-2)
+    with pytest.raises(DataError, match="model.pt2.*1 x 64 x 96.*1 x 96 x 64"):
+        exported(image(1, 1, 96, 64))
+
+
+@pytest.mark.parametrize(("name", "load"), [("model.ts", load_torchscript), ("model.pt2", load_exported)])
+def test_a_file_that_is_no_exported_network_is_refused_by_name(name, load, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{name}.*export"):
+        load(tmp_path / name)
+    (tmp_path / name).write_bytes(b"no network")
+    with pytest.raises(DataError, match=f"{name}.*Export it again"):
+        load(tmp_path / name)
 
 
 def test_trace_equals(build):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, WriteError, check_option
+from ..exports import ExportedNetwork
 from ..storage import whole_file
 
 __all__ = ["ENGINES", "EngineNetwork", "in_engine"]
@@ -75,7 +76,7 @@ class EngineNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, engine: str, weights: Path, bfloat16: bool) -> None:
         super().__init__()
-        if isinstance(network, torch.jit.ScriptModule):
+        if isinstance(network, (torch.jit.ScriptModule, ExportedNetwork)):
             raise DataError(
                 f"An exported network runs by itself alone: leave out either its config or engine {engine}."
             )

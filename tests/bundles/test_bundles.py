@@ -104,6 +104,23 @@ def one_case(data, pictures, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def equal_label_maps(name, trained, configs, one_case, run_bundle, tmp_path) -> Callable[[Path, str], float]:
+    """``equal_label_maps(models, config)`` is the share of voxels that an exported network labels as its weights do."""
+
+    def equal_label_maps(models: Path, config: str) -> float:
+        maps = []
+        places = {f"{configs}/inference.json": trained / "models"}
+        for files, root in {**places, f"['{configs}/inference.json','{configs}/{config}']": models}.items():
+            output = tmp_path / f"maps{len(maps)}"
+            run_bundle("inferring", files, dataset_dir=one_case, ckpt_dir=root, output_dir=output, **quick(name))
+            (label,) = output.glob("*_seg.*")
+            maps.append(np.asarray(Image.open(label) if label.suffix == ".png" else nib.load(label).dataobj))
+        return float(np.mean(maps[0] == maps[1]))
+
+    return equal_label_maps
+
+
 def test_training_leaves_checkpoints_history_and_events(trained):
     state = torch.load(trained / "models" / "model.pt", weights_only=True)
     assert all(isinstance(v, torch.Tensor) for v in state.values())  # flat: MONAI Label and CheckpointLoader read it
@@ -690,7 +707,7 @@ def test_verify_net_in_out_succeeds(configs):
 
 
 @of_pictures
-def test_ckpt_export_gives_the_same_network(name, trained, configs, one_case, run_bundle, tmp_path):
+def test_ckpt_export_gives_the_same_network(name, trained, configs, equal_label_maps, tmp_path):
     weights = trained / "models" / "model.pt"
     file = tmp_path / "model.ts"
     options = ["--filepath", str(file), "--ckpt_file", str(weights), "--size", "small", "--image_size", "32"]
@@ -702,15 +719,15 @@ def test_ckpt_export_gives_the_same_network(name, trained, configs, one_case, ru
     x = torch.rand(2, network.in_channels, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(file)(x), network(x), atol=1e-5, rtol=1e-5)
-    maps = []
-    for files in (f"{configs}/inference.json", f"['{configs}/inference.json','{configs}/inference_ts.json']"):
-        root = trained / "models" if not maps else tmp_path
-        output = tmp_path / str(len(maps))
-        run_bundle("inferring", files, dataset_dir=one_case, ckpt_dir=root, output_dir=output, **quick(name))
-        (label,) = output.glob("*_seg.*")
-        maps.append(np.asarray(Image.open(label) if label.suffix == ".png" else nib.load(label).dataobj))
-    print(f"{name}: {np.mean(maps[0] == maps[1]):.6f} of the voxels equal")
-    assert np.mean(maps[0] == maps[1]) > 0.999  # an untrained network has ties
+    assert equal_label_maps(tmp_path, "inference_ts.json") > 0.999  # an untrained network has ties
+
+
+@samples
+def test_an_exported_program_gives_the_same_label_map(name, trained, configs, run_bundle, equal_label_maps, tmp_path):
+    for file in ("model.pt", "model.json"):
+        shutil.copy(trained / "models" / file, tmp_path)
+    run_bundle("exporting", f"{configs}/inference.json", ckpt_dir=tmp_path, **quick(name))
+    assert equal_label_maps(tmp_path, "inference_pt2.json") > 0.999  # an untrained network has ties
 
 
 @pytest.mark.slow

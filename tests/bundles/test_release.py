@@ -169,6 +169,15 @@ def test_a_download_trains_evaluates_infers_and_loads_without_this_repository(pu
     assert "| Dice, % |" in (bundle / "eval" / "summary.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["fias_acdc", "danie_glas", pytest.param("danie_synapse", marks=SLOW)])
+def test_a_bundle_of_each_kind_passes_tests_as_the_model_zoo_has_them(name, schema, tmp_path):
+    """Of hearts in time, of pictures, and of CT volumes."""
+    extractall(script.release(name, str(tmp_path), schema=str(schema)), tmp_path / "models")
+    tests = Path(__file__).with_name("zoo_unit_tests.py")
+    found = run(str(tests), f"models/{name}", cwd=tmp_path, path=tmp_path / "models" / name).stdout
+    assert "Ran 3 tests" in found and "\nOK\n" in found
+
+
 def test_the_printed_command_refuses_a_wrong_checksum(published, tmp_path, monkeypatch):
     url, _, printed = published
     (line,) = [line for line in printed.splitlines() if line.startswith("python -c ")]
