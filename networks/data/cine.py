@@ -223,7 +223,7 @@ class _StudyFrames:
     def __call__(self, frame: int) -> Any:
         slices = self.phases[frame]
         single = all(one.alone for one in slices)
-        image = stacked(slices, None if single else self._pixels, slices[0].thickness or 1.0)
+        image = stacked(slices, None if single else self._pixels)
         return as_tensor(SeriesReader(), image, self.folder)
 
     def _pixels(self, frame: Frame) -> np.ndarray:

@@ -8,7 +8,8 @@ label map would lie beside the patient, or be of another image.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,12 @@ NO_IMAGES = {
 
 TAGS = ["SOPClassUID", "SeriesInstanceUID", "Modality", "Rows", "Columns", "SamplesPerPixel"]
 TAGS += ["NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"]
+TAGS += ["SpacingBetweenSlices", "SliceThickness"]
 TAGS += ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
+
+
+EXTENTS = ("SpacingBetweenSlices", "SliceThickness")
+"""What tells how far one slice reaches along its normal, the better first."""
 
 
 @dataclass
@@ -49,6 +55,8 @@ class Frame:
             the header does not say.
         rows: unit vectors ``2, 3``: the direction in which a row runs, and that in which a column runs.
         spacing: between rows and between columns, in millimetres.
+        extent: along the normal in millimetres, where no neighbour tells it: the distance between slices, which has
+            the gaps in it, else the thickness of one; None where the header says neither.
     """
 
     file: Path
@@ -57,6 +65,7 @@ class Frame:
     position: np.ndarray | None
     rows: np.ndarray
     spacing: np.ndarray
+    extent: float | None
 
     def __str__(self) -> str:
         return self.file.name if self.number == 0 else f"frame {self.number + 1} of {self.file.name}"
@@ -110,7 +119,8 @@ def series_frames(folder: str | Path, tolerance: float = 0.1) -> list[Frame]:
 
     Raises:
         DataError: when there is no image, a damaged file, more than one series, size or direction, a slice without
-            position, one missing in between, two at one position, or slices that are shifted against each other.
+            position or size of pixels, one missing in between, two at one position, or slices that are shifted
+            against each other.
     """
     folder = Path(folder)
     headers = {file: header_of(file) for file in (_dicom_files(folder) if folder.is_dir() else [folder])}
@@ -145,36 +155,57 @@ class SeriesReader(ITKReader):
         return images if len(images) > 1 else images[0]
 
 
-def stacked(
-    frames: Sequence[Frame], pixels: Callable[[Frame], np.ndarray] | None = None, thickness: float = 1.0
-) -> Any:
+def stacked(frames: Sequence[Frame], pixels: Callable[[Frame], np.ndarray] | None = None) -> Any:
     """The ITK image of slices that are in order.
 
     Args:
-        frames: the slices.
+        frames: the slices, by :func:`in_order`.
         pixels: gives the values of a slice, rows and columns, where ITK is not to read the files.
-        thickness: of a slice in millimetres, where there is one alone and ITK does not read it.
 
     Returns:
         ``itk.Image`` of floats.
+
+    Raises:
+        DataError: by :func:`extent_of`.
     """
     import itk
 
+    step = extent_of(frames)
     files = [str(frame.file) for frame in frames]
     if pixels is None:
         if len(files) == len(set(files)):
-            return itk.imread(files if len(files) > 1 else files[0], pixel_type=itk.F)
+            image = itk.imread(files if len(files) > 1 else files[0], pixel_type=itk.F)
+            if len(files) == 1:  # of which ITK asks one of the two tags, and takes 1 mm without it
+                image.SetSpacing([*list(image.GetSpacing())[:2], step])
+            return image
         read = {file: np.atleast_3d(itk.array_from_image(itk.imread(file, pixel_type=itk.F))) for file in set(files)}
         pixels = lambda frame: read[str(frame.file)][frame.number]
     image = itk.image_from_array(np.stack([pixels(frame) for frame in frames]).astype(np.float32, copy=False))
-    first, last = frames[0], frames[-1]
-    assert first.position is not None and last.position is not None  # as they are in order
+    first = frames[0]
+    assert first.position is not None  # as they are in order
     normal = np.cross(*first.rows)
-    step = (last.position - first.position) / max(len(frames) - 1, 1)
     image.SetOrigin(first.position.tolist())
-    image.SetSpacing([first.spacing[1], first.spacing[0], float(np.linalg.norm(step)) or thickness])
+    image.SetSpacing([first.spacing[1], first.spacing[0], step])
     image.SetDirection(itk.matrix_from_array(np.ascontiguousarray(np.stack([*first.rows, normal], 1))))
     return image
+
+
+def extent_of(frames: Sequence[Frame]) -> float:
+    """How far each of some slices that are in order reaches along their normal, in millimetres.
+
+    Raises:
+        DataError: when there is one alone, and its header does not say.
+    """
+    first, last = frames[0], frames[-1]
+    if len(frames) > 1:
+        assert first.position is not None and last.position is not None
+        return float(np.linalg.norm(last.position - first.position)) / (len(frames) - 1)
+    if first.extent is None:
+        raise DataError(
+            f"{first.file.parent}: {first} is one slice and has neither {' nor '.join(EXTENTS)}, so no volume can be "
+            "measured. Export the original images, or the whole stack."
+        )
+    return first.extent
 
 
 def _dicom_files(folder: Path) -> Iterator[Path]:
@@ -228,7 +259,8 @@ def frames_of(file: Path, header: pydicom.Dataset) -> list[Frame]:
     """The slices that a file holds, by its header.
 
     Raises:
-        DataError: when it holds colours, or several frames of which it does not say where each lies.
+        DataError: when it holds colours, several frames of which it does not say where each lies, or pixels of which
+            it does not say how large they are.
     """
     if int(header.get("SamplesPerPixel") or 1) != 1:
         raise DataError(f"{file} holds colours, expected one number per pixel. Export the original images.")
@@ -240,9 +272,15 @@ def frames_of(file: Path, header: pydicom.Dataset) -> list[Frame]:
         position = _vector(places, "PlanePositionSequence", "ImagePositionPatient", 3)
         orientation = _vector(places, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
         spacing = _vector(places, "PixelMeasuresSequence", "PixelSpacing", 2)
+        if spacing is None:
+            raise DataError(
+                f"{file} has no PixelSpacing: the size of its pixels is unknown. Export the original images."
+            )
         rows = np.eye(3)[:2] if orientation is None else orientation.reshape(2, 3)
         size = (int(header.Rows), int(header.Columns))
-        frames.append(Frame(file, number, size, position, rows, np.ones(2) if spacing is None else spacing))
+        extents = (number_of(places, f"PixelMeasuresSequence.{name}", least=1e-3) for name in EXTENTS)
+        extent = next((number for number in extents if number is not None), None)
+        frames.append(Frame(file, number, size, position, rows, spacing, extent))
     return frames
 
 
@@ -273,6 +311,26 @@ def _vector(places: Sequence[pydicom.Dataset], sequence: str, name: str, length:
             if value is not None and len(value) == length:
                 return np.array([float(number) for number in value])
     return None
+
+
+def value_of(places: Sequence[pydicom.Dataset], names: Iterable[str]) -> Any:
+    """The first value that a frame's header has of some names, ``Sequence.Keyword`` or ``Keyword``."""
+    for name in names:
+        *sequence, keyword = name.split(".")
+        for place in places:
+            for holder in (*(place.get(sequence[0]) or [] if sequence else []), place):
+                if (value := holder.get(keyword)) not in (None, ""):
+                    return value
+    return None
+
+
+def number_of(places: Sequence[pydicom.Dataset], *names: str, least: float = -math.inf) -> float | None:
+    """:func:`value_of` as a number; None where it is none, or less than ``least``."""
+    try:
+        number = float(value_of(places, names))
+    except (TypeError, ValueError, OverflowError):  # not there, or no number
+        return None
+    return number if math.isfinite(number) and number >= least else None
 
 
 def in_order(folder: str, frames: Sequence[Frame], tolerance: float = 0.1) -> list[Frame]:

@@ -7,7 +7,6 @@ number the files.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ import numpy as np
 import pydicom
 
 from ..errors import DataError
-from .dicom import Frame, frames_of, header_of, in_order, is_dicom, no_image, places_of
+from .dicom import Frame, extent_of, frames_of, header_of, in_order, is_dicom, no_image, number_of, places_of, value_of
 from .walking import below
 
 __all__ = ["Series", "Stack", "StudyFrame", "study_folders", "study_stack"]
@@ -28,7 +27,7 @@ __all__ = ["Series", "Stack", "StudyFrame", "study_folders", "study_stack"]
 logger = logging.getLogger(__name__)
 
 TAGS = ["StudyInstanceUID", "SOPInstanceUID", "SeriesNumber", "SeriesDescription", "PatientSize", "PatientWeight"]
-TAGS += ["TriggerTime", "TemporalPositionIdentifier", "NominalInterval", "InstanceNumber", "SliceThickness"]
+TAGS += ["TriggerTime", "TemporalPositionIdentifier", "NominalInterval", "InstanceNumber"]
 TAGS += ["AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime", "RescaleSlope", "RescaleIntercept"]
 
 NEAR = 0.1
@@ -77,7 +76,6 @@ class StudyFrame(Frame):
         interval: milliseconds from one R wave to the next.
         scale: slope and intercept of its grey values.
         alone: whether its file holds no other frame.
-        thickness: in millimetres.
 
     What the header does not say is None.
     """
@@ -90,7 +88,6 @@ class StudyFrame(Frame):
     interval: float | None
     scale: tuple[float, float] | None
     alone: bool
-    thickness: float | None
 
     def __str__(self) -> str:
         return f"{self.series}, {super().__str__()}"
@@ -169,7 +166,7 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
         DataError: when a file is damaged; there is more than one study; no two positions are parallel, and several
             have phases; a position has another number of phases, or pixels of another size, than the others; slices
             are missing, shifted or unevenly spaced; two series lie at one position and nothing says which is the
-            later; or nothing says in which order phases come.
+            later; nothing says in which order phases come; or there is one slice, of unknown thickness.
         OSError: when a file cannot be read.
     """
     folder, noted = Path(folder), list[dict[str, str]]()
@@ -186,6 +183,7 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
             raise DataError(f"{folder}: {run[0].series} is not whole. {run[0].series.unplaced}")
     columns = [_in_time(folder, run) for run in runs]
     order = in_order(str(folder), [column[0] for column in columns], TOLERANCE)
+    extent_of(order)  # refuses what is not known, before frames are read
     stack = [next(column for column in columns if column[0] is first) for first in order]
     _tell(folder, series, frames, stack, planes, whys, noted)
     left_out += noted
@@ -232,7 +230,7 @@ def _sorted_by_series(
         uid = str(header.get("SeriesInstanceUID", ""))
         if uid not in series:
             description = str(header.get("SeriesDescription") or "").strip()
-            series[uid] = Series(uid, _number([header], "SeriesNumber"), description)
+            series[uid] = Series(uid, number_of([header], "SeriesNumber"), description)
         series[uid].files.append(file)
         if kind := no_image(header):
             whys[uid] = f"no images ({kind})"
@@ -244,7 +242,7 @@ def _sorted_by_series(
             frames += found
         except DataError as error:  # a screenshot or a report's picture, unless the stack lacks it
             series[uid].unplaced = str(error)
-            whys[uid] = "colours, or images that do not say where they lie"
+            whys[uid] = "colours, or images that do not say where they lie or how large their pixels are"
     if copies:
         logger.warning(f"{folder}: {len(copies)} files are copies of others, such as {copies[0].name}")
     return sorted(series.values(), key=lambda one: (one.number or 0, str(one))), frames, whys
@@ -253,26 +251,25 @@ def _sorted_by_series(
 def _study_frames(file: Path, header: pydicom.Dataset, series: Series) -> list[StudyFrame]:
     try:
         frames = frames_of(file, header)
-        number = _number([header], "InstanceNumber")
+        number = number_of([header], "InstanceNumber")
         return [
             StudyFrame(
                 **vars(frame),
                 series=series,
-                trigger=_number(
+                trigger=number_of(
                     places,
                     "CardiacSynchronizationSequence.NominalCardiacTriggerDelayTime",
                     "CardiacSynchronizationSequence.ActualCardiacTriggerDelayTime",
                     "TriggerTime",
                 ),
-                temporal=_number(places, "FrameContentSequence.TemporalPositionIndex", "TemporalPositionIdentifier"),
+                temporal=number_of(places, "FrameContentSequence.TemporalPositionIndex", "TemporalPositionIdentifier"),
                 acquired=_acquired(places),
                 instance=(number or 0, frame.number) if number is not None or len(frames) > 1 else None,
-                interval=_number(
+                interval=number_of(
                     places, "CardiacSynchronizationSequence.RRIntervalTimeNominal", "NominalInterval", least=1
                 ),
                 scale=_scale(places),
                 alone=len(frames) == 1,
-                thickness=_number(places, "PixelMeasuresSequence.SliceThickness", least=1e-3),
             )
             for frame, places in zip(frames, places_of(header), strict=True)
         ]
@@ -282,35 +279,16 @@ def _study_frames(file: Path, header: pydicom.Dataset, series: Series) -> list[S
         raise DataError(f"{file} is a damaged DICOM file ({error}). Export the series again.") from error
 
 
-def _value(places: Sequence[pydicom.Dataset], names: Iterable[str]) -> Any:
-    """The first value that a frame's header has of some names, ``Sequence.Keyword`` or ``Keyword``."""
-    for name in names:
-        *sequence, keyword = name.split(".")
-        for place in places:
-            for holder in (*(place.get(sequence[0]) or [] if sequence else []), place):
-                if (value := holder.get(keyword)) not in (None, ""):
-                    return value
-    return None
-
-
-def _number(places: Sequence[pydicom.Dataset], *names: str, least: float = -math.inf) -> float | None:
-    try:
-        number = float(_value(places, names))
-    except (TypeError, ValueError, OverflowError):  # not there, or no number
-        return None
-    return number if math.isfinite(number) and number >= least else None
-
-
 def _scale(places: Sequence[pydicom.Dataset]) -> tuple[float, float] | None:
     names = ("PixelValueTransformationSequence.RescaleSlope", "PixelValueTransformationSequence.RescaleIntercept")
-    slope, intercept = (_number(places, name) for name in names)
+    slope, intercept = (number_of(places, name) for name in names)
     return None if slope is None or intercept is None else (slope, intercept)
 
 
 def _acquired(places: Sequence[pydicom.Dataset]) -> tuple[str, float] | None:
-    moment = _value(places, ["FrameContentSequence.FrameAcquisitionDateTime", "AcquisitionDateTime"])
+    moment = value_of(places, ["FrameContentSequence.FrameAcquisitionDateTime", "AcquisitionDateTime"])
     if moment is None:
-        day, time = (str(_value(places, [name]) or "") for name in ("AcquisitionDate", "AcquisitionTime"))
+        day, time = (str(value_of(places, [name]) or "") for name in ("AcquisitionDate", "AcquisitionTime"))
     else:
         day, time = str(moment)[:8], str(moment)[8:]
     parts = re.match(r"(\d\d)(\d\d)?(\d\d(?:\.\d+)?)?", time.replace(":", ""))
@@ -321,7 +299,7 @@ def _acquired(places: Sequence[pydicom.Dataset]) -> tuple[str, float] | None:
 
 
 def _plausible(headers: Iterable[pydicom.Dataset], name: str, least: float, most: float) -> float | None:
-    numbers = (_number([header], name) for header in headers)
+    numbers = (number_of([header], name) for header in headers)
     return next((number for number in numbers if number is not None and least <= number <= most), None)
 
 

@@ -85,9 +85,13 @@ def study(folder: Path, of: Callable[[int, int], dict | None] = lambda z, t: {},
 
 
 def enhanced(
-    file: Path, order: list[tuple[int, int]], of: Callable[[int, int], dict] = lambda z, t: {}, **tags
+    file: Path,
+    order: list[tuple[int, int]],
+    of: Callable[[int, int], dict] = lambda z, t: {},
+    measures: dict[str, object] | None = None,
+    **tags,
 ) -> None:
-    """Write one file of several frames, slices z at phases t."""
+    """Write one file of several frames, slices z at phases t, and 6 mm thick where ``measures`` say nothing else."""
     frames = []
     for z, t in order:
         told = {
@@ -100,7 +104,10 @@ def enhanced(
         }
         frames.append(group(**{**told, **of(z, t)}))
     shared = group(
-        PixelMeasuresSequence={"PixelSpacing": list(SPACING), "SliceThickness": 6},
+        PixelMeasuresSequence={
+            "PixelSpacing": list(SPACING),
+            **({"SliceThickness": 6} if measures is None else measures),
+        },
         PlaneOrientationSequence={"ImageOrientationPatient": SHORT},
     )
     groups: dict[str, object] = {
@@ -174,10 +181,27 @@ def test_each_slice_may_have_an_enhanced_file_and_each_frame_a_scale(tmp_path):
     assert series.times is None and series.interval is None
 
 
-def test_one_slice_of_an_enhanced_file_is_as_thick_as_it_says(tmp_path):
-    enhanced(tmp_path / "1", [(0, t) for t in range(PHASES)])
-    series, _ = sorted_study(tmp_path)
-    assert series.shape == (COLUMNS, ROWS, 1) and np.allclose(series.read(2).pixdim, [SPACING[1], SPACING[0], 6])
+def test_one_slice_is_as_thick_as_its_header_says_by_one_rule(tmp_path):
+    """The distance between slices, which has the gaps in it, else the thickness; in files of one frame or of many."""
+    for name, extent, tags in (
+        ("distance", 8, {"SpacingBetweenSlices": 8, "SliceThickness": 6}),
+        ("thickness", 6, {"SliceThickness": 6}),
+    ):
+        for t in range(PHASES):
+            image(tmp_path / name / str(t), 0, t, **tags)
+        enhanced(tmp_path / f"{name}, all in one" / "1", [(0, t) for t in range(PHASES)], measures=tags)
+        for folder in (name, f"{name}, all in one"):
+            series, _ = sorted_study(tmp_path / folder)
+            assert np.allclose(series.read(2).pixdim, [SPACING[1], SPACING[0], extent])
+
+
+def test_one_slice_of_unknown_thickness_is_refused(tmp_path):
+    for t in range(PHASES):
+        image(tmp_path / "plain" / str(t), 0, t)
+    message = refused(tmp_path / "plain")
+    assert all(fact in message for fact in ("series 9 (cine SAX)", "SpacingBetweenSlices", "SliceThickness", "stack"))
+    enhanced(tmp_path / "enhanced" / "1", [(0, t) for t in range(PHASES)], measures={})
+    assert "SliceThickness" in refused(tmp_path / "enhanced")
 
 
 def test_each_file_has_its_own_scale(tmp_path):

@@ -265,3 +265,27 @@ def test_slices_of_two_sizes_or_of_no_position_are_refused(tmp_path):
 def test_one_slice_is_a_volume(tmp_path):
     write_series(tmp_path / "one", slices=1)
     assert LoadVolumed("image")({"image": str(tmp_path / "one")})["image"].shape == torch.Size([1, 12, 10, 1])
+
+
+@pytest.mark.parametrize(
+    ("tags", "extent"),
+    [
+        ({"SpacingBetweenSlices": [10], "SliceThickness": [8]}, 10),
+        ({"SliceThickness": [8]}, 8),
+        ({"SpacingBetweenSlices": [-10], "SliceThickness": [8]}, 8),
+        ({}, None),
+    ],
+)
+def test_one_slice_is_as_thick_as_it_says_or_refused(tags, extent, tmp_path):
+    write_stack(tmp_path / "one", STACK[:1], **tags)
+    if extent is None:
+        message = refused(tmp_path / "one")
+        assert all(fact in message for fact in ("9.dcm", "SpacingBetweenSlices", "SliceThickness"))
+    else:
+        np.testing.assert_allclose(loaded(tmp_path / "one").pixdim, [1.6, 1.5, extent])
+
+
+def test_pixels_of_unknown_size_are_refused(tmp_path):
+    for z in range(2):
+        write(tmp_path / "b" / f"{z}.dcm", MR, STACK[z], ImagePositionPatient=[0, 0, 10 * z])
+    assert "PixelSpacing" in refused(tmp_path / "b")
