@@ -30,6 +30,12 @@ TAGS = ["StudyInstanceUID", "SOPInstanceUID", "SeriesNumber", "SeriesDescription
 TAGS += ["TriggerTime", "TemporalPositionIdentifier", "NominalInterval", "InstanceNumber"]
 TAGS += ["AcquisitionDateTime", "AcquisitionDate", "AcquisitionTime", "RescaleSlope", "RescaleIntercept"]
 
+OBLIQUE = 25
+"""Degrees within which planes count as parallel, and a stack's normal as lying in the plane of a long-axis view."""
+
+STRAIGHT = 5
+"""Degrees within which a plane is axial, coronal or sagittal, and no view along or across a heart's long axis."""
+
 NEAR = 0.1
 """Millimetres along the normal within which two images lie at one position."""
 
@@ -153,7 +159,8 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     Images of one series at one position are phases. They are ordered by their trigger times, else by their temporal
     positions, else by the times of acquisition, else by instance numbers. The n-th of each position make one phase:
     trigger times of slices that were acquired in other heartbeats differ. Of series that lie at one position, as when
-    one was taken again, the later counts. A copy of a file counts once.
+    one was taken again, the later counts. A copy of a file counts once. Of stacks in several directions, it is the one
+    whose normal lies within :data:`OBLIQUE` degrees of all long-axis views.
 
     Args:
         folder: holds the study, in whatever folders and files; or one file that holds all frames.
@@ -163,10 +170,11 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
         The stack; None when no position has phases, as of a series that is one volume, or nothing is there.
 
     Raises:
-        DataError: when a file is damaged; there is more than one study; no two positions are parallel, and several
-            have phases; a position has another number of phases, or pixels of another size, than the others; slices
-            are missing, shifted or unevenly spaced; two series lie at one position and nothing says which is the
-            later; nothing says in which order phases come; or there is one slice, of unknown thickness.
+        DataError: when a file is damaged; there is more than one study; no two positions are parallel, and several have
+            phases; stacks of several directions may be the short axis; a position has another number of phases, or
+            pixels of another size, than the others; slices are missing, shifted or unevenly spaced; two series lie at
+            one position and nothing says which is the later; nothing says in which order phases come; or there is one
+            slice, of unknown thickness.
         OSError: when a file cannot be read.
     """
     folder, noted = Path(folder), list[dict[str, str]]()
@@ -176,7 +184,7 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     planes = [slots for plane in _planes(frames) if (slots := _slots(plane))]
     if not planes:
         return None
-    slots = _whole(folder, _largest(folder, planes), planes)
+    slots = _whole(folder, _largest(folder, _short_axis(folder, planes)), planes)
     runs = [_latest(folder, slot, whys) for slot in slots]
     for run in runs:
         if run[0].series.unplaced:
@@ -339,6 +347,63 @@ def _slots(plane: list[StudyFrame]) -> list[_Slot]:
         if phased:
             slots.append(_Slot(float(offsets[at].mean()), phased))
     return slots
+
+
+def _short_axis(folder: Path, planes: list[list[_Slot]]) -> list[list[_Slot]]:
+    """The planes that may hold the short axis: all, or those of one direction where several have three slices or more.
+
+    The short axis is seen along the heart's long axis, which lies in all long-axis views.
+    """
+    stacks: list[list[_Slot]] = []
+    for slots in sorted((slots for slots in planes if len(slots) > 2), key=len, reverse=True):
+        if not any(_parallel(slots, other) for other in stacks):
+            stacks.append(slots)
+    if len(stacks) < 2:
+        return planes
+
+    def outdoes(one: list[_Slot], other: list[_Slot]) -> bool:
+        normals = [_normal(slots) for slots in planes if not _parallel(slots, one) and not _parallel(slots, other)]
+        views = [normal for normal in normals if not _is_straight(normal)]
+        return _is_seen_along(one, views) and not _is_seen_along(other, views)
+
+    for one in stacks:
+        if not _has_twin(one, planes) and all(one is other or outdoes(one, other) for other in stacks):
+            return [slots for slots in planes if _parallel(slots, one)]
+    names = " or ".join(f"{len(slots)} slices of {slots[0].runs[0][0].series}" for slots in stacks)
+    raise DataError(
+        f"{folder}: {names} may be the short axis, and its long-axis views do not tell which. Give the folder of the "
+        "short-axis series alone."
+    )
+
+
+def _has_twin(stack: list[_Slot], planes: list[list[_Slot]]) -> bool:
+    """Whether a slice or two of as many phases are parallel to a stack, as a long-axis view is to a stack of such."""
+    few = (slots for slots in planes if len(slots) < 3)
+    return any(_parallel(slots, stack) and len(slots[0].runs[0]) == len(stack[0].runs[0]) for slots in few)
+
+
+def _is_seen_along(stack: list[_Slot], views: list[np.ndarray]) -> bool:
+    """Whether a stack's normal lies in all views, and can be a heart's long axis."""
+    normal = _normal(stack)
+    fits = all(90 - _angle(normal, view) <= OBLIQUE for view in views)
+    return bool(views) and fits and not _is_straight(normal)
+
+
+def _normal(slots: list[_Slot]) -> np.ndarray:
+    return np.cross(*slots[0].runs[0][0].rows)
+
+
+def _parallel(one: list[_Slot], other: list[_Slot]) -> bool:
+    return _angle(_normal(one), _normal(other)) <= OBLIQUE
+
+
+def _is_straight(normal: np.ndarray) -> bool:
+    return min(_angle(normal, axis) for axis in np.eye(3)) <= STRAIGHT
+
+
+def _angle(one: np.ndarray, other: np.ndarray) -> float:
+    """Degrees between two lines, from 0 to 90."""
+    return float(np.degrees(np.arccos(min(1.0, abs(float(one @ other))))))
 
 
 def _largest(folder: Path, planes: list[list[_Slot]]) -> list[_Slot]:

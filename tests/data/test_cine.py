@@ -378,6 +378,72 @@ def test_of_long_axes_alone_none_is_the_short(tmp_path):
     assert "series 0 (2CH); series 1 (3CH)" in message and "parallel" in message
 
 
+def turned(degrees: float) -> list[float]:
+    """The orientation of a view along the heart's long axis, turned around it."""
+    angle = np.deg2rad(degrees)
+    return [*(np.cos(angle) * TURN[:, 0] + np.sin(angle) * TURN[:, 1]), *TURN[:, 2]]
+
+
+def slices(folder: Path, number: int, orientation: list[float], count: int, phases: int = PHASES) -> None:
+    """Write a cine in any direction."""
+    normal = np.cross(orientation[:3], orientation[3:])
+    tags = {"SeriesInstanceUID": f"1.3.{number}", "SeriesNumber": number, "SeriesDescription": f"view {number}"}
+    for z, t in itertools.product(range(count), range(phases)):
+        where = {"ImagePositionPatient": (ORIGIN + 8 * z * normal).tolist(), "ImageOrientationPatient": orientation}
+        image(folder / f"{number}" / f"{z}_{t}", 0, t, **where, **tags)
+
+
+AXIAL = [1, 0, 0, 0, 1, 0]
+PARALLEL = [*TURN[:, 1], *-TURN[:, 0]]  # to the short axis, its rows turned
+
+
+@pytest.mark.parametrize(
+    ("other", "views"),
+    [
+        (AXIAL, [turned(0), turned(60)]),
+        (AXIAL, [turned(95)]),
+        (turned(0), [turned(60), turned(120)]),
+        (turned(0), [turned(90), turned(150), turned(2), AXIAL]),
+    ],
+    ids=["axial", "axial, one view", "4-chamber", "4-chamber, all views"],
+)
+def test_a_larger_stack_in_another_direction_is_not_the_short_axis(other, views, tmp_path):
+    study(tmp_path, lambda z, t: by_slice(z))
+    slices(tmp_path, 20, other, 2 * SLICES)
+    for number, view in enumerate(views, 21):
+        slices(tmp_path, number, view, 1)
+    slices(tmp_path, 30, PARALLEL, 1, phases=PHASES + 3)  # a map of relaxation times
+    series, left_out = sorted_study(tmp_path)
+    check(series)
+    assert "series 20 (view 20), 40 images: in another direction than the short-axis stack" in left_out
+
+
+@pytest.mark.parametrize(
+    ("other", "views"),
+    [
+        (AXIAL, []),
+        (AXIAL, [AXIAL]),
+        (turned(0), [turned(90)]),
+        (turned(0), [turned(60), PARALLEL]),
+        (turned(0), [turned(90), [*TURN[:, 1], *(TURN[:, 0] + TURN[:, 2]) / 2**0.5], turned(2)]),
+    ],
+    ids=["no views", "a straight view", "both lie in the view", "a short-axis view", "a view of the valve"],
+)
+def test_stacks_of_two_directions_are_refused_where_no_view_decides(other, views, tmp_path):
+    study(tmp_path)
+    slices(tmp_path, 20, other, 2 * SLICES)
+    for number, view in enumerate(views, 21):
+        slices(tmp_path, number, view, 1)
+    message = refused(tmp_path)
+    assert all(fact in message for fact in ("8 slices of series 20 (view 20)", "4 slices of series 9 (cine SAX)"))
+
+
+def test_a_parallel_stack_of_another_kind_is_no_rival(tmp_path):
+    study(tmp_path)
+    slices(tmp_path, 20, PARALLEL, 3, phases=PHASES + 3)
+    check(sorted_study(tmp_path)[0])
+
+
 def nifti(
     file: Path, values: np.ndarray, affine: np.ndarray = AFFINE, unit: int | None = None, step: float = 1
 ) -> Path:
