@@ -122,7 +122,7 @@ class Stack:
 
 @dataclass(eq=False)
 class _Slot:
-    """A position of parallel images, and what each series has there: two images or more, for one is no time series."""
+    """A position of parallel images, and what each series has there."""
 
     offset: float
     runs: list[list[StudyFrame]]
@@ -181,11 +181,12 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     headers = {file: header_of(file, TAGS) for file in _files(folder, noted)}
     _check_one_study(folder, headers)
     series, frames, whys = _sorted_by_series(folder, headers)
-    planes = [slots for plane in _planes(frames) if (slots := _slots(plane))]
+    everything = [_slots(plane) for plane in _planes(frames)]
+    planes = [slots for every in everything if (slots := _phased(every))]
     if not planes:
         return None
-    slots = _whole(folder, _largest(folder, _short_axis(folder, planes)), planes)
-    runs = [_latest(folder, slot, whys) for slot in slots]
+    slots, count = _whole(folder, _largest(folder, _short_axis(folder, planes)), everything)
+    runs = [_latest(folder, slot, count, whys) for slot in slots]
     for run in runs:
         if run[0].series.unplaced:
             raise DataError(f"{folder}: {run[0].series} is not whole. {run[0].series.unplaced}")
@@ -335,7 +336,7 @@ def _planes(frames: Iterable[StudyFrame]) -> list[list[StudyFrame]]:
 
 
 def _slots(plane: list[StudyFrame]) -> list[_Slot]:
-    """The positions of parallel frames that have phases, along their normal."""
+    """The positions of parallel frames, along their normal."""
     offsets = np.array([frame.position for frame in plane]) @ np.cross(*plane[0].rows)
     order = np.argsort(offsets, kind="stable")
     slots = []
@@ -343,10 +344,14 @@ def _slots(plane: list[StudyFrame]) -> list[_Slot]:
         runs: dict[str, list[StudyFrame]] = {}
         for index in at:
             runs.setdefault(plane[index].series.uid, []).append(plane[index])
-        phased = [run for run in runs.values() if len(run) > 1]
-        if phased:
-            slots.append(_Slot(float(offsets[at].mean()), phased))
+        slots.append(_Slot(float(offsets[at].mean()), list(runs.values())))
     return slots
+
+
+def _phased(slots: list[_Slot]) -> list[_Slot]:
+    """Those of some positions where a series has two images or more, for one is no time series."""
+    series = ((slot.offset, [run for run in slot.runs if len(run) > 1]) for slot in slots)
+    return [_Slot(offset, runs) for offset, runs in series if runs]
 
 
 def _short_axis(folder: Path, planes: list[list[_Slot]]) -> list[list[_Slot]]:
@@ -439,18 +444,21 @@ def _later(choices: list[list[StudyFrame]]) -> int | None:
     return None
 
 
-def _whole(folder: Path, stack: list[_Slot], planes: list[list[_Slot]]) -> list[_Slot]:
-    """The positions of a stack with as many phases as most have; no other may be one of its slices."""
+def _whole(folder: Path, stack: list[_Slot], everything: list[list[_Slot]]) -> tuple[list[_Slot], int]:
+    """The positions of a stack with as many phases as most have, and how many; no other may be one of its slices."""
     counts = Counter(count for slot in stack for count in {len(run) for run in slot.runs})
     usual = max(counts, key=lambda count: (counts[count], count))
     kept = [slot for slot in stack if any(len(run) == usual for run in slot.runs)]
-    kept = [_Slot(slot.offset, [run for run in slot.runs if len(run) == usual]) for slot in kept]
     first = kept[0].runs[0][0]
     offsets = np.array([slot.offset for slot in kept])
-    for run in (slot.runs[0] for slots in planes for slot in slots):
+    sources = [run[0].series for slot in kept for run in slot.runs if len(run) == usual]
+    names = {series.uid for series in sources} | {series.description for series in sources if series.description}
+    for run in (run for slots in everything for slot in slots for run in slot.runs):
+        if len(run) == 1 and not names & {run[0].series.uid, run[0].series.description}:
+            continue  # of a localiser, or of another kind
         if _same_direction(first, run[0]) and _lacks(offsets, float(np.cross(*first.rows) @ run[0].position)):
             if len(run) != usual:
-                what = f"{len(run)} phases, the other slices {usual}"
+                what = f"{len(run)} phase{'s' if len(run) > 1 else ''}, the other slices {usual}"
             elif run[0].size != first.size:
                 what = "{1} x {0} pixels, the other slices {3} x {2}".format(*run[0].size, *first.size)
             else:
@@ -459,7 +467,7 @@ def _whole(folder: Path, stack: list[_Slot], planes: list[list[_Slot]]) -> list[
                 f"{folder}: at the position of {run[0].file.name}, {run[0].series} has {what}. Export the study "
                 "again, or move that series away."
             )
-    return kept
+    return kept, usual
 
 
 def _lacks(offsets: np.ndarray, offset: float) -> bool:
@@ -472,19 +480,23 @@ def _lacks(offsets: np.ndarray, offset: float) -> bool:
     return not there and abs(steps - round(steps)) <= TOLERANCE and -1 <= round(steps) <= last + 1
 
 
-def _latest(folder: Path, slot: _Slot, whys: dict[str, str]) -> list[StudyFrame]:
-    """The images of one series at a position: the later ones, if a slice was taken again."""
-    if len(slot.runs) == 1:
-        return slot.runs[0]
-    at = _later(slot.runs)
+def _latest(folder: Path, slot: _Slot, count: int, whys: dict[str, str]) -> list[StudyFrame]:
+    """The images of one series at a position: the later ones of ``count``, if a slice was taken again."""
+    runs = [run for run in slot.runs if len(run) == count]
+    at = _later(runs) if len(runs) > 1 else 0
     if at is None:
-        names = " and ".join(str(run[0].series) for run in slot.runs)
+        names = " and ".join(str(run[0].series) for run in runs)
         raise DataError(
             f"{folder}: {names} lie at one position, and nothing says which was taken later. Move one of them away."
         )
-    for run in slot.runs[:at] + slot.runs[at + 1 :]:
-        whys.setdefault(run[0].series.uid, f"taken again at the same position, later, as {slot.runs[at][0].series}")
-    return slot.runs[at]
+    taken = runs[at][0].series
+    for run in slot.runs:
+        if len(run) != count:
+            why = f"{len(run)} phases; {taken} has {count} at the same position, like the other slices, and counts"
+            whys.setdefault(run[0].series.uid, why)
+        elif run is not runs[at]:
+            whys.setdefault(run[0].series.uid, f"taken again at the same position, later, as {taken}")
+    return runs[at]
 
 
 def _in_time(folder: Path, run: list[StudyFrame]) -> list[StudyFrame]:

@@ -315,6 +315,31 @@ def test_the_earlier_scan_is_not_taken_for_its_number(tmp_path):
     assert left_out[0].startswith("series 30 ")
 
 
+def test_of_a_slice_taken_again_with_other_phases_the_older_counts_and_both_are_named(tmp_path, caplog):
+    study(tmp_path, lambda z, t: by_slice(z))
+    again = {"SeriesInstanceUID": "1.2.30", "SeriesNumber": 30, "SeriesDescription": "SAX again"}
+    for t in range(PHASES + 3):
+        image(tmp_path / "d0" / f"A{t}", 2, t, pixels(2, t) + 5, AcquisitionTime="103000", **again)
+    series, left_out = sorted_study(tmp_path)
+    check(series)
+    (why,) = left_out
+    assert "series 30 (SAX again), 8 images: 8 phases; series 3 (cine SAX) has 5 " in why and why[-30:] in caplog.text
+
+
+def test_a_slice_of_which_one_phase_arrived_is_not_left_out_in_silence(tmp_path):
+    for name, lost in (("inside", 1), ("end", 3)):
+        for of in (by_slice, lambda z: {}):
+            folder = tmp_path / f"{name} {len(of(0))}"
+            message = refused(study(folder, lambda z, t: None if z == lost and t else of(z)))
+            assert f"series {of(lost).get('SeriesNumber', 9)} (cine SAX) has 1 phase, the other slices 5" in message
+    folder = study(tmp_path / "other kinds", lambda z, t: by_slice(z))
+    image(folder / "a", SLICES, 0, SeriesInstanceUID="1.5", SeriesNumber=40, SeriesDescription="LGE")
+    image(folder / "b", SLICES + 0.5, 0, SeriesInstanceUID="1.6", SeriesNumber=41)
+    series, left_out = sorted_study(folder)
+    check(series)
+    assert [why[:9] for why in left_out] == ["series 40", "series 41"]
+
+
 def test_a_whole_stack_taken_again_is_one_line(tmp_path):
     study(tmp_path / "first", lambda z, t: {"RescaleSlope": 3, "RescaleIntercept": 0})
     study(tmp_path / "again", lambda z, t: {"SeriesInstanceUID": "1.4", "SeriesNumber": 12, "AcquisitionTime": "1017"})
