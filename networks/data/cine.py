@@ -45,8 +45,8 @@ class TimeSeries:
         times: milliseconds of each frame, of a study since the R wave, of a file since the first frame; None where
             the header does not say.
         interval: the mean one between R waves in milliseconds, by the header; None where it does not say.
-        height: of the patient in metres; None where the header does not say.
-        weight: of the patient in kilograms; None where the header does not say.
+        height: of the patient in metres, as the header says it, right or wrong; None where it does not say.
+        weight: of the patient in kilograms, likewise.
         reader: gives a frame by its number; see :meth:`read`.
         phases: of a study, the slices of each frame; None of a file.
     """

@@ -42,9 +42,6 @@ NEAR = 0.1
 TOLERANCE = 0.1
 """Share of the distance between slices by which a position may differ from that of a slice."""
 
-HEIGHTS, WEIGHTS = (0.3, 2.5), (1.0, 400.0)
-"""Metres and kilograms of a person. A header with others has another unit, or zeros for what nobody measured."""
-
 
 @dataclass(eq=False)
 class Series:
@@ -107,8 +104,8 @@ class Stack:
         phases: in the order of time; of each, its slices along their normal.
         times: milliseconds from the R wave to each phase, the mean of its slices; None where a slice has none.
         interval: the mean one between R waves, in milliseconds.
-        height: of the patient, in metres.
-        weight: of the patient, in kilograms.
+        height: of the patient, in metres, unless the header has it otherwise; it is not judged here.
+        weight: of the patient, in kilograms, likewise.
 
     What the headers do not say is None.
     """
@@ -203,8 +200,8 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
         phases=[list(phase) for phase in zip(*stack, strict=True)],
         times=tuple(np.mean(np.array(triggers, float), 0).tolist()) if known else None,
         interval=float(np.mean(intervals)) if intervals else None,
-        height=_plausible(headers.values(), "PatientSize", *HEIGHTS),
-        weight=_plausible(headers.values(), "PatientWeight", *WEIGHTS),
+        height=_positive(headers.values(), "PatientSize"),
+        weight=_positive(headers.values(), "PatientWeight"),
     )
 
 
@@ -307,9 +304,10 @@ def _acquired(places: Sequence[pydicom.Dataset]) -> tuple[str, float] | None:
     return day, 3600 * hours + 60 * minutes + seconds
 
 
-def _plausible(headers: Iterable[pydicom.Dataset], name: str, least: float, most: float) -> float | None:
+def _positive(headers: Iterable[pydicom.Dataset], name: str) -> float | None:
+    """The first number that is one: zeros stand for what nobody measured."""
     numbers = (number_of([header], name) for header in headers)
-    return next((number for number in numbers if number is not None and least <= number <= most), None)
+    return next((number for number in numbers if number is not None and number > 0), None)
 
 
 def _same_direction(one: Frame, other: Frame) -> bool:

@@ -217,7 +217,7 @@ def test_the_header_tells_of_the_patient_and_the_beat(tmp_path):
     series, _ = sorted_study(study(tmp_path / "b", lambda z, t: tags))
     assert (series.height, series.weight, series.interval) == (None, None, None)
     series, _ = sorted_study(study(tmp_path / "c", lambda z, t: {"PatientSize": 176}))
-    assert series.height is None  # centimetres: a surface of the body from it would be nonsense
+    assert series.height == 176  # centimetres: whoever measures by it judges it
 
 
 SHUFFLED = [3, 0, 4, 1, 2]
