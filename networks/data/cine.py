@@ -62,6 +62,8 @@ class TimeSeries:
     phases: Sequence[Sequence[Frame]] | None = None
 
     def __str__(self) -> str:
+        if isinstance(self.reader, _Refusal):
+            return f"refused: {self.reader.reason}"
         return f"{self.frames} frames of {' x '.join(map(str, self.shape))} voxels"
 
     @property
@@ -178,7 +180,8 @@ def study_series(folder: str | Path, left_out: list[dict[str, str]]) -> TimeSeri
 
     Args:
         folder: holds one study, in whatever folders and files; or one file that holds all frames.
-        left_out: gets ``{"file", "why"}`` of each series that is not taken, if there is a cine. The log has them too.
+        left_out: gets ``{"file", "why"}`` of each file and folder that cannot be read, and of each series that is not
+            taken, if there is a cine. The log has them too.
 
     Returns:
         The series; None where no slice has phases, as of a series that is one volume.
@@ -186,7 +189,6 @@ def study_series(folder: str | Path, left_out: list[dict[str, str]]) -> TimeSeri
     Raises:
         DataError: when the study cannot be sorted, or the stack has gaps: those of
             :func:`networks.data.studies.study_stack`.
-        OSError: when a file cannot be read.
     """
     stack = study_stack(folder, left_out)
     if stack is None:

@@ -143,7 +143,7 @@ def _series_of(path: Path) -> TimeSeries | None:
         if name.endswith(NIFTI) and path.is_file():
             return nifti_series(path)
         if name.endswith(SERIES) and path.is_file():
-            return study_series(path, [])
+            return _study(path, [])
     except Exception:  # nibabel and pydicom have many; the file's loading names each
         return None
     return None
@@ -152,18 +152,21 @@ def _series_of(path: Path) -> TimeSeries | None:
 def _studies(place: Path, left_out: list[dict[str, str]]) -> dict[Path, TimeSeries]:
     """The short-axis cines of the DICOM studies below a folder, by the studies' folders."""
     found: dict[Path, TimeSeries] = {}
-    try:
-        folders = study_folders(place, [])
-    except OSError:  # told of as the folder of that file is looked into
-        return {}
-    for folder in folders:
-        try:
-            series = study_series(folder, left_out)
-        except DataError as error:
-            series = unreadable_series(folder, str(error))
-        if series is not None:
+    for folder in study_folders(place, []):  # what else cannot be read is told of as its own folder is looked into
+        noted: list[dict[str, str]] = []
+        if (series := _study(folder, noted)) is not None:
             found[folder] = series
+            left_out += noted
     return found
+
+
+def _study(place: Path, left_out: list[dict[str, str]]) -> TimeSeries | None:
+    """The cine of a study, or what stands for one that is refused: as volumes it would be for reasons that are none."""
+    try:
+        return study_series(place, left_out)
+    except DataError as error:
+        unread = f" {left_out[0]['file']} is {left_out[0]['why']}." if left_out else ""
+        return unreadable_series(place, f"{error}{unread}")
 
 
 def _leave_out_frames(

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,21 +130,13 @@ def study_folders(place: str | Path, left_out: list[dict[str, str]]) -> list[Pat
 
     Args:
         place: the folder.
-        left_out: gets ``{"file", "why"}`` of each folder that cannot be read and each damaged file.
+        left_out: gets ``{"file", "why"}`` of each folder and file that cannot be read, and each damaged file.
 
     Returns:
         Folders, sorted, each once: :func:`study_stack` refuses one that holds several studies.
-
-    Raises:
-        OSError: when a file cannot be read.
     """
     studies: dict[str, list[str]] = {}
-    for file in _files(Path(place), left_out):
-        try:
-            header = header_of(file, ["StudyInstanceUID"])
-        except DataError:
-            left_out.append({"file": str(file), "why": "a damaged DICOM file"})
-            continue
+    for file, header in _headers(Path(place), ["StudyInstanceUID"], left_out, damaged=True):
         if no_image(header) is None:
             studies.setdefault(str(header.get("StudyInstanceUID", "")), []).append(str(file.parent))
     return sorted({Path(os.path.commonpath(folders)) for folders in studies.values()})
@@ -161,7 +153,8 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
 
     Args:
         folder: holds the study, in whatever folders and files; or one file that holds all frames.
-        left_out: gets ``{"file", "why"}`` of each series that is not taken, if there is a stack. The log has them too.
+        left_out: gets ``{"file", "why"}`` of each file and folder that cannot be read, and of each series that is not
+            taken, if there is a stack. The log has them too.
 
     Returns:
         The stack; None when no position has phases, as of a series that is one volume, or nothing is there.
@@ -172,10 +165,12 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
             pixels of another size, than the others; slices are missing, shifted or unevenly spaced; two series lie at
             one position and nothing says which is the later; nothing says in which order phases come; or there is one
             slice, of unknown thickness.
-        OSError: when a file cannot be read.
     """
-    folder, noted = Path(folder), list[dict[str, str]]()
-    headers = {file: header_of(file, TAGS) for file in _files(folder, noted)}
+    folder, unread = Path(folder), list[dict[str, str]]()
+    headers = dict(_headers(folder, TAGS, unread))
+    for entry in unread:
+        logger.warning(f"{folder}: left out {entry['file']}: {entry['why']}")
+    left_out += unread
     _check_one_study(folder, headers)
     series, frames, whys = _sorted_by_series(folder, headers)
     everything = [_slots(plane) for plane in _planes(frames)]
@@ -191,8 +186,7 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     order = in_order(str(folder), [column[0] for column in columns], TOLERANCE)
     extent_of(order)  # refuses what is not known, before frames are read
     stack = [next(column for column in columns if column[0] is first) for first in order]
-    _tell(folder, series, frames, stack, planes, whys, noted)
-    left_out += noted
+    _tell(folder, series, frames, stack, planes, whys, left_out)
     triggers = [[frame.trigger for frame in column] for column in stack]
     known = all(None not in row and len(set(row)) == len(row) for row in triggers)
     intervals = [frame.interval for column in stack for frame in column if frame.interval]
@@ -205,8 +199,20 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     )
 
 
-def _files(folder: Path, left_out: list[dict[str, str]]) -> list[Path]:
-    return sorted(path for path in ([folder] if folder.is_file() else below(folder, left_out)) if is_dicom(path))
+def _headers(
+    folder: Path, tags: Sequence[str], left_out: list[dict[str, str]], damaged: bool = False
+) -> Iterator[tuple[Path, pydicom.Dataset]]:
+    """The DICOM files below a folder and what they say, but those that cannot be read, and damaged ones if so asked."""
+    for path in sorted([folder] if folder.is_file() else below(folder, left_out)):
+        try:
+            if is_dicom(path):
+                yield path, header_of(path, tags)
+        except OSError as error:
+            left_out.append({"file": str(path), "why": f"not to be read ({error.strerror})"})
+        except DataError:
+            if not damaged:
+                raise
+            left_out.append({"file": str(path), "why": "a damaged DICOM file"})
 
 
 def _check_one_study(folder: Path, headers: Mapping[Path, pydicom.Dataset]) -> None:

@@ -24,6 +24,13 @@ def below(folder: Path, left_out: list[dict[str, str]]) -> Iterator[Path]:
     starts = [folder]
     while starts:
         for root, names, files in os.walk(starts.pop(0), onerror=note):
+            try:
+                os.stat(os.path.join(root, "."))
+            except OSError as error:  # a folder that shows its names, and lets nobody in
+                error.filename = root
+                note(error)
+                names.clear()
+                continue
             if (real := os.path.realpath(root)) in entered:
                 names.clear()
                 continue

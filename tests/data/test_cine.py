@@ -18,6 +18,7 @@ from test_dicom import ENHANCED, MR, SEGMENTATION, STRUCTURES, group, write
 
 from networks import DataError
 from networks.data.cine import TimeSeries, nifti_series, study_series
+from networks.data.folders import image_files
 from networks.data.readers import read_image
 from networks.data.studies import study_folders
 
@@ -401,6 +402,44 @@ def test_of_long_axes_alone_none_is_the_short(tmp_path):
             image(tmp_path / f"{number}{t}", 0, t, ImageOrientationPatient=direction, **tags)
     message = refused(tmp_path)
     assert "series 0 (2CH); series 1 (3CH)" in message and "parallel" in message
+
+
+def test_a_refused_study_is_recorded_as_that(tmp_path):
+    enhanced(tmp_path / "1.dcm", [(0, t) for t in range(PHASES)], measures={})
+    for place in (tmp_path, tmp_path / "1.dcm"):
+        (case,) = image_files(place, time_series=True)
+        assert str(case["series"]).startswith("refused: ") and "SliceThickness" in str(case["series"])
+        with pytest.raises(DataError, match="SliceThickness"):
+            case["series"].read(0)
+    assert str(study_series(study(tmp_path / "good"), [])) == "5 frames of 16 x 12 x 4 voxels"
+
+
+def test_files_that_cannot_be_read_are_left_out_and_the_rest_is_measured(unprivileged, caplog):
+    folder = unprivileged.folder
+    tags = {name: {"StudyInstanceUID": f"1.2.{n}"} for n, name in enumerate(("whole", "lacking"))}
+    for name, uid in tags.items():
+        study(folder / name, lambda z, t: {**by_slice(z), **uid})
+    closed = [folder / "notes", folder / "whole" / "notes", folder / "whole" / "report.dcm"]
+    for file in closed:
+        file.touch()
+    closed.append(folder / "lacking" / "d0" / "IM0")
+    (folder / "shut").mkdir()
+    (folder / "shut" / "in.nii.gz").touch()
+    closed.append(folder / "shut")
+    for path in closed:
+        path.chmod(0o444 if path.is_dir() else 0)
+    with unprivileged():
+        lacking, whole = image_files(folder, time_series=True)
+        found = image_files(folder, time_series=True)
+        check(whole["series"])
+        with pytest.raises(DataError, match="4 phases, .*IM0 is not to be read .Permission denied"):
+            lacking["series"].read(0)
+        assert image_files(folder / "whole" / "report.dcm", time_series=True)[0].keys() == {"id", "image"}
+    (folder / "shut").chmod(0o755)
+    named = {entry["file"]: entry["why"] for entry in found.left_out}
+    assert named.keys() == {str(folder), *map(str, closed[1:])}
+    assert all("Permission denied" in why for why in named.values()) and "notes" in named[str(folder)]
+    assert all(path.name in caplog.text for path in closed)
 
 
 def turned(degrees: float) -> list[float]:
