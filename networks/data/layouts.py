@@ -120,18 +120,24 @@ def _labelled_frames(case: Case) -> list[Case]:
     if not case["label"].lower().endswith(NIFTI) or not Path(case["label"]).is_file():
         return [case]
     try:
-        labels = nifti_series(case["label"])
+        images = nifti_series(case["image"]) if case["image"].lower().endswith(NIFTI) else None
     except Exception:  # told of as the file is loaded
         return [case]
-    if labels is None:
-        return [case]
-    images = nifti_series(case["image"])
+    frame, numbers = 0, list[int]()
+    try:
+        labels = nifti_series(case["label"])
+        if labels is None:
+            return [case]
+        for frame in range(labels.frames):
+            if bool(labels.read(frame).any()):
+                numbers.append(frame)
+    except Exception:  # told of likewise; without a frame, the image would be blamed for having several
+        return [case if images is None else {**case, "frame": frame}]
     if images is None or images.frames != labels.frames:
         raise DataError(
             f"{case['label']} has {labels.frames} frames, its image {case['image']} {images.frames if images else 1}. "
             "Is it the label of another image?"
         )
-    numbers = [t for t in range(labels.frames) if bool(labels.read(t).any())]
     if not numbers:
         raise DataError(f"{case['label']} holds nothing but 0 in all its {labels.frames} frames. Is it a label?")
     return [{**case, "id": f"{case['id']}_frame{t}", "frame": t} for t in numbers]

@@ -339,3 +339,38 @@ def test_each_labelled_frame_of_a_time_series_is_a_case(tmp_path):
     with pytest.raises(DataError, match="has 7 frames, its image .* 1"):
         for split in ("train", "validation", "test"):
             cases("folder", tmp_path, split)
+
+
+def spoil(file: Path, what: str) -> Path:
+    if what == "closed":
+        file.chmod(0)
+    elif what == "mha":
+        file.unlink()
+        file = file.with_name(file.name.replace(".nii.gz", ".mha"))
+        file.write_text("no image")
+    elif what == "link":
+        file.unlink()
+        file.symlink_to("nowhere.nii.gz")
+    else:
+        file.write_bytes(file.read_bytes()[: {"cut": -3000, "header": 90}[what]])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("folder", "what"),
+    [*((folder, what) for folder in ("images", "labels") for what in ("cut", "header", "closed", "link"))]
+    + [("images", "mha")],
+)
+def test_a_time_series_that_cannot_be_read_is_told_of_in_one_sentence(folder, what, unprivileged):
+    root = unprivileged.folder
+    for name in ("images", "labels"):
+        (root / name).mkdir()
+        for case in ("a1", "b2", "c3", "d4"):
+            values = np.random.default_rng(0).integers(0, 3, (30, 20, 8, 3)).astype(np.uint8)
+            nib.save(nib.Nifti1Image(values, np.diag([1.5, 1.5, 8, 1])), root / name / f"{case}.nii.gz")
+    bad = [spoil(root / folder / f"{case}.nii.gz", what) for case in ("a1", "b2", "c3", "d4")]
+    with unprivileged(), pytest.raises(DataError) as error:
+        LoadVolumed(["image", "label"])(cases("folder", root, "train")[0])
+    print(error.value)
+    assert any(str(file) in str(error.value) for file in bad)
+    assert "time points" not in str(error.value)
