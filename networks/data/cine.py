@@ -74,7 +74,9 @@ class TimeSeries:
         return (self.times[-1] - self.times[0]) / (self.frames - 1)
 
     def read(self, frame: int) -> Any:
-        """One frame, as :func:`networks.data.readers.read_image` gives a volume. No other is kept in memory.
+        """One frame, as :func:`networks.data.readers.read_image` gives a volume.
+
+        No other is kept in memory, but the stored numbers of DICOM files that hold several.
 
         Args:
             frame: its number, from 0.
