@@ -38,7 +38,6 @@ TAGS += ["NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "P
 TAGS += ["SpacingBetweenSlices", "SliceThickness"]
 TAGS += ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"]
 
-
 EXTENTS = ("SpacingBetweenSlices", "SliceThickness")
 """What tells how far one slice reaches along its normal, the better first."""
 

@@ -148,8 +148,8 @@ def study_stack(folder: str | Path, left_out: list[dict[str, str]]) -> Stack | N
     Images of one series at one position are phases. They are ordered by their trigger times, else by their temporal
     positions, else by the times of acquisition, else by instance numbers. The n-th of each position make one phase:
     trigger times of slices that were acquired in other heartbeats differ. Of series that lie at one position, as when
-    one was taken again, the later counts. A copy of a file counts once. Of stacks in several directions, it is the one
-    whose normal lies within :data:`OBLIQUE` degrees of all long-axis views.
+    one was taken again, the later of those with as many phases as most slices counts. A copy of a file counts once. Of
+    stacks in several directions, it is the one whose normal lies within :data:`OBLIQUE` degrees of all long-axis views.
 
     Args:
         folder: holds the study, in whatever folders and files; or one file that holds all frames.
@@ -208,7 +208,7 @@ def _headers(
             if is_dicom(path):
                 yield path, header_of(path, tags)
         except OSError as error:
-            left_out.append({"file": str(path), "why": f"not to be read ({error.strerror})"})
+            left_out.append({"file": str(path), "why": f"not to be read ({error.strerror or error})"})
         except DataError:
             if not damaged:
                 raise
