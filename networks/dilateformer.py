@@ -4,8 +4,8 @@ DilateFormer: Multi-Scale Dilated Transformer for Visual Recognition, Jiao et al
 (https://arxiv.org/abs/2302.01791), the tiny model, as a feature pyramid. State-dict keys are those of the official
 repository (JIAOJIAYUASD/dilateformer), so its checkpoints load; the code here is written from the paper.
 
-Feature maps travel channels last in memory (``B, C, H, W`` permuted): layer norm and linear layers then take them
-without a copy.
+Feature maps travel channels last in memory (``B, C, H, W`` permuted), and as a list of tokens ``B, N, C`` where layers
+ask for no neighbours: layer norm and linear layers take them without a copy, and compilers know these by that form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import DataError
-from .layers import MultiHeadSelfAttention, check_input
+from .layers import MultiHeadSelfAttention, check_input, linear_parts
 from .weights import StateDict, load_backbone, read_weights
 
 __all__ = ["DilateFormer", "MultiScaleDilatedAttention", "dilated_attention"]
@@ -34,7 +34,7 @@ def dilated_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, kernel_si
     shifted slices of one padded map: nothing is unfolded, memory holds no copy of them per window position.
 
     Args:
-        q: queries ``B, C, H, W``, channels ordered head by head.
+        q: queries ``B, H, W, C``, channels ordered head by head.
         k: keys, like ``q``.
         v: values, like ``q``.
         num_heads: number of heads, a divisor of ``C``.
@@ -42,26 +42,26 @@ def dilated_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, kernel_si
         dilation: distance of its positions in pixels.
 
     Returns:
-        ``B, C, H, W``.
+        ``B, H, W, C``.
     """
-    b, c, h, w = q.shape
+    b, h, w, c = q.shape
     d = c // num_heads
     pad = dilation * (kernel_size // 2)
-    q = q.reshape(b, num_heads, d, h, w) * d**-0.5
-    k = F.pad(k, [pad, pad, pad, pad]).reshape(b, num_heads, d, h + 2 * pad, w + 2 * pad)
-    v = F.pad(v, [pad, pad, pad, pad]).reshape(b, num_heads, d, h + 2 * pad, w + 2 * pad)
+    q = q.reshape(b, h, w, num_heads, d) * d**-0.5
+    k = F.pad(k, [0, 0, pad, pad, pad, pad]).reshape(b, h + 2 * pad, w + 2 * pad, num_heads, d)
+    v = F.pad(v, [0, 0, pad, pad, pad, pad]).reshape(b, h + 2 * pad, w + 2 * pad, num_heads, d)
     logits: list[Tensor] = []
     for i in range(0, kernel_size * dilation, dilation):
         for j in range(0, kernel_size * dilation, dilation):
-            logits.append((q * k[:, :, :, i : i + h, j : j + w]).sum(2))
-    weights = torch.stack(logits, 2).softmax(2)
+            logits.append((q * k[:, i : i + h, j : j + w]).sum(4))
+    weights = torch.stack(logits, 4).softmax(4)
     x = torch.zeros_like(q)
     for n in range(kernel_size * kernel_size):
         i, j = n // kernel_size * dilation, n % kernel_size * dilation
-        weight, value = weights[:, :, n : n + 1], v[:, :, :, i : i + h, j : j + w]
+        weight, value = weights[..., n : n + 1], v[:, i : i + h, j : j + w]
         # One pass for both is faster, but autocast would keep more copies for its backward pass.
         x = x + weight * value if torch.is_grad_enabled() else torch.addcmul(x, weight, value)
-    return x.reshape(b, c, h, w)
+    return x.reshape(b, h, w, c)
 
 
 class MultiScaleDilatedAttention(nn.Module):
@@ -96,14 +96,16 @@ class MultiScaleDilatedAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x.permute(0, 3, 1, 2)).chunk(3, 1)
-        groups = len(self.dilations)
-        qs, ks, vs = q.chunk(groups, 1), k.chunk(groups, 1), v.chunk(groups, 1)
+        groups, bias = len(self.dilations), self.qkv.bias
+        assert bias is not None  # torch's type allows it
+        parts = linear_parts(x, self.qkv.weight.flatten(1), bias, 3 * groups)
         out = [
-            dilated_attention(qs[g], ks[g], vs[g], self.group_heads, self.kernel_size, dilation)
+            dilated_attention(
+                parts[g], parts[groups + g], parts[2 * groups + g], self.group_heads, self.kernel_size, dilation
+            )
             for g, dilation in enumerate(self.dilations)
         ]
-        return self.proj(torch.cat(out, 1).permute(0, 2, 3, 1))
+        return self.proj(torch.cat(out, 3))
 
 
 class DilateBlock(nn.Module):
@@ -128,10 +130,11 @@ class DilateBlock(nn.Module):
         self.mlp = MLP(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pos_embed(x).permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        b, c, h, w = x.shape
+        x = self.pos_embed(x).permute(0, 2, 3, 1).flatten(1, 2)
+        x = x + self.drop_path(self.attn(self.norm1(x).reshape(b, h, w, c)).flatten(1, 2))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x.permute(0, 3, 1, 2)
+        return x.reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):
@@ -143,7 +146,7 @@ class DropPath(nn.Module):
         rate: share of samples that are left out.
 
     Shape:
-        ``B, H, W, C`` to ``B, H, W, C``.
+        ``B, N, C`` to ``B, N, C``.
     """
 
     def __init__(self, rate: float) -> None:
@@ -151,7 +154,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * F.dropout(x.new_ones([x.shape[0], 1, 1, 1]), self.rate) if self.training else x
+        return x * F.dropout(x.new_ones([x.shape[0], 1, 1]), self.rate) if self.training else x
 
 
 class ResidualConv(nn.Conv2d):
@@ -181,7 +184,7 @@ class MLP(nn.Module):
         channels: channels of input and output.
 
     Shape:
-        ``B, H, W, C`` to ``B, H, W, C``.
+        ``B, N, C`` to ``B, N, C``.
     """
 
     def __init__(self, channels: int) -> None:

@@ -302,7 +302,9 @@ class MixingAttention(nn.Module):
         self.monte_carlo = MonteCarloAttention(channels)
 
     def forward(self, p1: Tensor) -> Tensor:
-        attended = self.self_attention(self.norm(p1.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        b, c, h, w = p1.shape
+        tokens = self.norm(p1.permute(0, 2, 3, 1).flatten(1, 2))
+        attended = self.self_attention(tokens.reshape(b, h, w, c)).permute(0, 3, 1, 2)
         p2 = attended + p1  # eq. 8
         return p2 * self.monte_carlo(p2) + attended  # eq. 9 and 10
 

@@ -19,6 +19,7 @@ __all__ = [
     "check_batch",
     "check_input",
     "check_spatial_dims",
+    "linear_parts",
     "pad_to_multiple",
     "upsample",
 ]
@@ -213,6 +214,22 @@ def check_batch(x: Tensor, network: str) -> None:
         )
 
 
+def linear_parts(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> list[Tensor]:
+    """A linear layer's output in equal parts, each by a product of its own: compilers would copy what is split.
+
+    Args:
+        x: ``*, C``.
+        weight: ``parts * D, C``.
+        bias: ``parts * D``.
+        parts: how many.
+
+    Returns:
+        ``parts`` tensors ``*, D``.
+    """
+    weights, biases = weight.chunk(parts), bias.chunk(parts)
+    return [F.linear(x, weights[i], biases[i]) for i in range(parts)]
+
+
 class MultiHeadSelfAttention(nn.Module):
     """Global multi-head self-attention over all positions of a feature map, without position code.
 
@@ -241,6 +258,7 @@ class MultiHeadSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
-        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        parts = linear_parts(x.flatten(1, 2), self.qkv.weight, self.qkv.bias, 3)
+        heads = [part.reshape(b, h * w, self.num_heads, c // self.num_heads).transpose(1, 2) for part in parts]
+        x = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
         return self.proj(x.transpose(1, 2).reshape(b, h, w, c))

@@ -125,9 +125,14 @@ def unfold_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: int, d
 @pytest.mark.parametrize(("heads", "kernel", "size"), [(1, 3, (9, 12)), (2, 3, (5, 4)), (2, 5, (7, 7)), (1, 3, (2, 1))])
 def test_dilated_attention_equals_unfold_with_all_gradients(heads, kernel, size, dilation):
     generator = torch.Generator().manual_seed(0)
-    q, k, v, weight = (torch.randn(2, 8, *size, generator=generator, dtype=torch.float64) for _ in range(4))
+    q, k, v, weight = (torch.randn(2, *size, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+
+    def plain(*qkv: Tensor | int) -> Tensor:
+        q, k, v, *window = qkv
+        return unfold_attention(*(t.permute(0, 3, 1, 2) for t in (q, k, v)), *window).permute(0, 2, 3, 1)
+
     results = []
-    for function in (dilated_attention, unfold_attention):
+    for function in (dilated_attention, plain):
         inputs = [t.clone().requires_grad_() for t in (q, k, v)]
         out = function(*inputs, heads, kernel, dilation)
         results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
