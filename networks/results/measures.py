@@ -15,7 +15,6 @@ A structure that was not found has size 0, no components, and NaN for the means.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -32,7 +31,6 @@ __all__ = [
     "column_of",
     "components",
     "measures",
-    "read_measures",
     "structure_boxes",
     "structure_names",
     "voxel_size",
@@ -190,15 +188,6 @@ def write_measures(path: Path, rows: Mapping[str, Mapping[str, float | str]]) ->
     write_csv(
         path, ["case", *columns], [[case, *(_cell(row.get(c, "")) for c in columns)] for case, row in rows.items()]
     )
-
-
-def read_measures(path: Path) -> dict[str, dict[str, str]]:
-    """Rows of a ``measures.csv`` as :func:`write_measures` takes them, without their empty cells; none if it is not
-    there."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row.pop("case"): {c: cell for c, cell in row.items() if cell} for row in csv.DictReader(file)}
 
 
 def _cell(value: float | str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from networks.errors import DataError, WriteError
-from networks.results.measures import components, measures, read_measures, write_measures
+from networks.results.measures import components, measures, write_measures
 
 NAN = math.nan
 NAMES = {1: "Right ventricle", 2: "myocardium"}
@@ -143,16 +143,11 @@ def test_table_has_a_row_a_case_and_columns_in_order(tmp_path):
         ["three", "3", "", "", "", ""],
     ]
     assert [file.name for file in path.parent.iterdir()] == ["measures.csv"]
-    before = read_measures(path)
-    assert before["two, ä"] == {"lv_mean": "2", "parts": "12345678"}
-    write_measures(path, {**before, "four": {"lv_ml": 4.0}})  # as a run that goes on
-    assert read_measures(path) == {**before, "four": {"lv_ml": "4"}}
 
 
 def test_table_is_there_whole_or_not(tmp_path):
-    assert read_measures(tmp_path / "measures.csv") == {}
     write_measures(tmp_path / "measures.csv", {})
-    assert read_measures(tmp_path / "measures.csv") == {}
+    assert (tmp_path / "measures.csv").read_text().split() == ["case"]
     (tmp_path / "file").touch()
     with pytest.raises(WriteError):
         write_measures(tmp_path / "file" / "measures.csv", {"one": {"lv_ml": 1.0}})
