@@ -1,9 +1,9 @@
-"""Files out. Configs name from here: SaveImageLabelMapd, SaveImageMapsd, Measures, metric_handlers, History, Report,
-HeartReport, Overlays, DicomSegmentations."""
+"""Files out. Configs name from here: SaveImageLabelMapd, SaveImageMapsd, recorded_numbers, Measures, metric_handlers,
+History, Report, HeartReport, Overlays, DicomSegmentations."""
 
 from .function import HeartReport
 from .history import History
-from .label_maps import SaveImageLabelMapd, SaveImageMapsd
+from .label_maps import SaveImageLabelMapd, SaveImageMapsd, recorded_numbers
 from .measuring import Measures
 from .metrics import metric_handlers
 from .report import Overlays, Report
@@ -19,4 +19,5 @@ __all__ = [
     "SaveImageLabelMapd",
     "SaveImageMapsd",
     "metric_handlers",
+    "recorded_numbers",
 ]

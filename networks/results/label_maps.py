@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..errors import DataError
 from ..storage import whole_file
 from .pictures import label_picture
 
-__all__ = ["LabelMapWriter", "SaveImageLabelMapd", "SaveImageMapsd", "result_file"]
+__all__ = ["LabelMapWriter", "SaveImageLabelMapd", "SaveImageMapsd", "recorded_numbers", "result_file"]
 
 
 class LabelMapWriter(NibabelWriter):
@@ -52,9 +53,13 @@ class LabelMapWriter(NibabelWriter):
         if target.suffix == ".png":
             image = label_picture(np.asarray(self.data_obj).reshape(self.data_obj.shape[:2]).T)
         elif self.source.lower().endswith(NIFTI) and not Path(self.source).is_dir():
-            image = self._like(load_nifti(self.source))
+            source = load_nifti(self.source)
+            data = np.asarray(self.data_obj).astype(get_equivalent_dtype(self.output_dtype, np.ndarray))
+            image = _like(
+                data.reshape(source.shape if math.prod(source.shape) == data.size else source.shape[:3]), source
+            )
         elif self.data_obj.shape[3] > 1:
-            image = self._over_time()
+            image = _over_time(np.asarray(self.data_obj).astype(self.output_dtype), self.affine, self.step)
         with whole_file(target) as name:
             if image is None:
                 self.data_obj = self.data_obj[..., 0]  # of X, Y, Z, 1: a series has no channels
@@ -64,23 +69,23 @@ class LabelMapWriter(NibabelWriter):
             else:
                 nib.save(image, name)
 
-    def _like(self, source: Any) -> Any:
-        """The label map with the header of its image."""
-        dtype = get_equivalent_dtype(self.output_dtype, np.ndarray)
-        data = np.asarray(self.data_obj).astype(dtype)
-        data = data.reshape(source.shape if math.prod(source.shape) == data.size else source.shape[:3])
-        image = type(source)(data, None, source.header)
-        image.set_data_dtype(dtype)
-        image.header["cal_min"] = image.header["cal_max"] = 0
-        image.header.extensions.clear()
-        return image
 
-    def _over_time(self) -> Any:
-        """The label map of a time series that is no NIfTI file."""
-        image = nib.Nifti1Image(np.asarray(self.data_obj).astype(self.output_dtype), self.affine)
-        image.header.set_zooms((*image.header.get_zooms()[:3], self.step))
-        image.header.set_xyzt_units("mm", "msec" if self.step else None)
-        return image
+def _like(data: np.ndarray, source: Any) -> Any:
+    """A map with the header of its image; axes that the image has not are counted in ones."""
+    image = type(source)(data, None, source.header)
+    image.set_data_dtype(data.dtype)
+    image.header["pixdim"][1 + len(source.shape) : 1 + data.ndim] = 1
+    image.header["cal_min"] = image.header["cal_max"] = 0
+    image.header.extensions.clear()
+    return image
+
+
+def _over_time(data: np.ndarray, affine: np.ndarray, step: float) -> Any:
+    """A map ``X, Y, Z, T, ...`` of a time series that is no NIfTI file."""
+    image = nib.Nifti1Image(data, affine)
+    image.header.set_zooms((*image.header.get_zooms()[:3], step, 1)[: data.ndim])
+    image.header.set_xyzt_units("mm", "msec" if step else None)
+    return image
 
 
 class _Joined:
@@ -159,7 +164,7 @@ class SaveImageLabelMapd(SaveImaged):
             file: that it came from.
 
         Returns:
-            Classes of the same shape, of unsigned 8 bit.
+            Classes of the same shape, of unsigned 8 bit. Numbers within 0.001 of a whole one are that, as in labels.
 
         Raises:
             DataError: when it holds a number that no class has.
@@ -167,12 +172,13 @@ class SaveImageLabelMapd(SaveImaged):
         values = np.asarray(label)
         classes = {int(number): known for known, number in enumerate(self.numbers)}
         found = np.unique(values)
-        if unknown := [value for value in found.tolist() if value not in classes]:
+        whole = np.where(np.isclose(found, np.rint(found), rtol=0, atol=1e-3), np.rint(found), found).tolist()
+        if unknown := [value for value, number in zip(found.tolist(), whole) if number not in classes]:
             raise DataError(
                 f"{file} holds the numbers {unknown[:5]}, expected none but {', '.join(map(str, classes))}. Correct "
                 "it, or segment the image again."
             )
-        return np.array([classes[int(value)] for value in found], np.uint8)[np.searchsorted(found, values)]
+        return np.array([classes[int(number)] for number in whole], np.uint8)[np.searchsorted(found, values)]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -188,6 +194,36 @@ class SaveImageLabelMapd(SaveImaged):
                 writer.step = float(d.get("step", 0))
                 writer.write(self.target(file_of(d[key])))
         return d
+
+
+def recorded_numbers(numbers: Mapping[int, int] | None, record: str | Path) -> Mapping[int, int] | None:
+    """The numbers of the classes in the label maps of an inference that was recorded.
+
+    Args:
+        numbers: as of :class:`SaveImageLabelMapd`; None where nobody says.
+        record: ``inferring.json`` beside the label maps, as :func:`networks.engine.records.record_run` writes it.
+
+    Returns:
+        Those of the record; without one, ``numbers``.
+
+    Raises:
+        DataError: when the record has others.
+    """
+    config = json.loads(Path(record).read_text(encoding="utf-8")) if Path(record).is_file() else {}
+    written = config.get("label_numbers", numbers)
+    if isinstance(written, str):  # an expression
+        return numbers
+    if numbers is not None and _others(numbers) != _others(written):
+        raise DataError(
+            f"label_numbers is {dict(numbers)}, but {record} says that the label maps were written with "
+            f"{_others(written) or 'none'}: give the same, or leave it out."
+        )
+    return written
+
+
+def _others(numbers: Mapping[int, int] | None) -> dict[int, int]:
+    """The classes whose number in the file is another."""
+    return {int(known): number for known, number in (numbers or {}).items() if int(known) != number}  # texts in JSON
 
 
 def _numbers(numbers: Mapping[int, int], num_classes: int) -> np.ndarray:
@@ -233,8 +269,12 @@ class SaveImageMapsd(MapTransform):
             if source.lower().endswith(PICTURES):
                 self._save_pictures(str(key), whole[:, :, 0], source)
                 continue
-            volume = whole[..., 0] if key == "entropy" else whole
-            image = nib.Nifti1Image(volume.astype(np.float32), np.asarray(d[key].affine))
+            volume = (whole[..., 0] if key == "entropy" else whole).astype(np.float32)
+            image: Any = nib.Nifti1Image(volume, np.asarray(d[key].affine))
+            if source.lower().endswith(NIFTI) and not Path(source).is_dir():
+                image = _like(volume, load_nifti(source))
+            elif "frame" in d:
+                image = _over_time(volume, np.asarray(d[key].affine), float(d.get("step", 0)))
             with whole_file(result_file(self.saver, source, f"{key}.nii.gz")) as name:
                 nib.save(image, name)
         return d

@@ -209,6 +209,10 @@ def test_label_numbers_of_others(images, run, tmp_path):
     assert table(tmp_path / "others") == table(out)
     run("measure", **others)
     assert table(tmp_path / "others") == table(out)
+    run("measure", output_dir=others["output_dir"])  # the record of the run has them
+    assert table(tmp_path / "others") == table(out)
+    with pytest.raises(DataError, match="label_numbers.*inferring.json"):
+        run("measure", output_dir=others["output_dir"], label_numbers={1: 2, 2: 1})
     others["label_numbers"] = {1: 85, 2: 170, 3: 255}  # of the STACOM challenges' kind
     run(**others)
     run("measure", **others)
@@ -268,6 +272,10 @@ def test_maps_of_how_sure_the_label_maps_are(images, run):
     mean = chosen[np.asarray(labels.dataobj) > 0].mean()
     assert float(table(out)["heart"]["confidence"]) == pytest.approx(mean, abs=1e-3)
     assert nib.load(out / "volume_probabilities.nii.gz").shape == (*labels.shape[:3], 4)
+    for name, zooms in (("entropy", ()), ("probabilities", (1,))):
+        header = nib.load(out / f"heart_{name}.nii.gz").header
+        assert header.get_xyzt_units() == ("mm", "sec") == labels.header.get_xyzt_units()
+        assert header.get_zooms() == (*labels.header.get_zooms(), *zooms)
 
 
 def test_batches_hold_frames_of_one_series(images):

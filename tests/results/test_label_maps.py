@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +15,8 @@ from PIL import Image
 from networks.data.formats import PICTURES
 from networks.data.geometry import SliceOrientationd
 from networks.data.loading import LoadVolumed
-from networks.results.label_maps import SaveImageLabelMapd
+from networks.errors import DataError
+from networks.results.label_maps import SaveImageLabelMapd, recorded_numbers
 from networks.results.pictures import COLOURS
 
 
@@ -56,3 +58,18 @@ def test_a_picture_is_a_volume_of_one_slice_and_its_label_map_lies_on_it(tmp_pat
     values = np.asarray(saved)
     assert (values[:, :30] == 1).all() and (values[:30, 30:] == 0).all() and (values[30:, 30:] == 2).all()
     assert saved.convert("RGB").getpixel((0, 0)) == COLOURS[0] and saved.convert("RGB").getpixel((59, 0)) == (0, 0, 0)
+
+
+def test_measuring_takes_the_numbers_that_the_inference_wrote(tmp_path):
+    record = tmp_path / "inferring.json"
+    assert recorded_numbers(None, record) is None and recorded_numbers({1: 3, 3: 1}, record) == {1: 3, 3: 1}
+    record.write_text(json.dumps({"label_numbers": {"1": 3, "2": 2, "3": 1}}))
+    for given in (None, {1: 3, 3: 1}, {"1": 3, "3": 1}):
+        assert {int(known): number for known, number in recorded_numbers(given, record).items()} == {1: 3, 2: 2, 3: 1}
+    with pytest.raises(DataError, match="label_numbers.*inferring.json") as error:
+        recorded_numbers({1: 1}, record)
+    assert "\n" not in str(error.value)
+    record.write_text(json.dumps({"label_numbers": None}))
+    assert not recorded_numbers(None, record) and not recorded_numbers({1: 1}, record)
+    with pytest.raises(DataError, match="label_numbers"):
+        recorded_numbers({1: 3, 3: 1}, record)
