@@ -134,15 +134,15 @@ def _function(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     cases = sorted(cases, key=lambda case: case["frame"])
     info = read_info(Path(cases[0]["folder"]))
     called = [case["frame"] + 1 - case["counted_from"] for case in cases]  # as Info.cfg counts, from 1
-    ed, es = (called.index(info[key]) if info.get(key) in called else None for key in ("ED", "ES"))
+    ed, es = (int(info[key]) if info.get(key) in called else None for key in ("ED", "ES"))
     volumes = {
         which: {name: [case[key][name] for case in cases] for name in cases[0][key]}
         for which, key in (("predicted", "pred"), ("true", "label"))
     }
-    ed, es = ed_and_es(volumes["true"]["lv"], ed, es)
+    ed, es = (called[place] for place in ed_and_es(volumes["true"]["lv"], ed, es, called))
     return {
         f"{which}_{column}": value
         for which, found in volumes.items()
-        for column, value in heart_function(found, ed, es).items()
+        for column, value in heart_function(found, ed, es, frames=called).items()
         if column in MEASURES
     }

@@ -35,8 +35,9 @@ from ..errors import DataError
 from .measures import components, structure_boxes, voxel_size
 
 __all__ = [
-    "LEFT_FIRST",
+    "HEIGHTS",
     "RIGHT_FIRST",
+    "WEIGHTS",
     "body_surface",
     "ed_and_es",
     "frame_shapes",
@@ -45,16 +46,14 @@ __all__ = [
     "heart_function",
     "heart_numbers",
     "known_times",
-    "rate_of_intervals",
+    "rate_of_interval",
     "rate_of_times",
     "shape_flags",
+    "within",
 ]
 
 RIGHT_FIRST = {"rv": 1, "myo": 2, "lv": 3}
 """Label numbers of ACDC."""
-
-LEFT_FIRST = {"lv": 1, "myo": 2, "rv": 3}
-"""Label numbers of UK Biobank, M&Ms and MONAI's short-axis bundle."""
 
 NAMES = {"lv": "left ventricle", "myo": "myocardium", "rv": "right ventricle"}
 
@@ -62,6 +61,9 @@ DENSITY = 1.05  # g/mL of myocardium
 EF_RANGE = (5, 85)  # percent
 MYOCARDIUM_CHANGE = 0.2  # of its greatest volume: muscle hardly compresses
 RATES = (30, 220)  # beats a minute; others are headers' errors, or frames of a part of the beat
+
+HEIGHTS, WEIGHTS = (0.4, 2.5), (2, 350)
+"""Metres and kilograms of a person. A header with others has another unit, or zeros for what nobody measured."""
 
 
 def frame_volumes(
@@ -72,7 +74,7 @@ def frame_volumes(
     Args:
         labels: one label map ``X, Y, Z`` a frame, all of one shape; an array ``T, X, Y, Z`` is such a sequence.
         spacing: size of a voxel in millimetres, three numbers; across slices it is their distance.
-        numbers: label numbers of ``lv``, ``myo`` and ``rv``, such as :data:`RIGHT_FIRST` or :data:`LEFT_FIRST`.
+        numbers: label numbers of ``lv``, ``myo`` and ``rv``, by default those of ACDC.
 
     Returns:
         mL in each of the T frames, by ``lv``, ``myo`` and ``rv``.
@@ -88,32 +90,39 @@ def frame_volumes(
     return {name: np.array(values) for name, values in volumes.items()}
 
 
-def ed_and_es(lv: Sequence[float], ed: int | None = None, es: int | None = None) -> tuple[int, int]:
+def ed_and_es(
+    lv: Sequence[float], ed: int | None = None, es: int | None = None, frames: Sequence[int] | None = None
+) -> tuple[int, int]:
     """End-diastolic and end-systolic frame: of the greatest and the smallest left ventricle.
 
     Args:
         lv: its volume in each frame.
-        ed: the end-diastolic frame, counted from 0, where it is known.
+        ed: the end-diastolic frame, as it is called, where it is known.
         es: the end-systolic one, likewise.
+        frames: what the frames are called, by default 0, 1, 2, ...
 
     Returns:
-        Both, counted from 0; the first of several equal ones.
+        The places of both among the frames, counted from 0; the first of several equal ones.
 
     Raises:
-        DataError: on fewer than two frames, a volume that is negative or not finite, a frame that is not there.
+        DataError: on fewer than two frames, a volume that is negative or not finite, a frame that is not there, one
+            frame that is given for both.
     """
     values = np.asarray(lv, float)
     if values.ndim != 1 or len(values) < 2:
         raise DataError(f"Heart function needs two frames or more, got {values.size}.")
     if not (np.isfinite(values) & (values >= 0)).all():
         raise DataError("A volume of the heart is negative or not finite.")
+    called = range(len(values)) if frames is None else frames
     for name, frame in {"ed": ed, "es": es}.items():
-        if frame is not None and not 0 <= frame < len(values):
-            raise DataError(f"The {name} frame is {frame}, but the frames are 0 to {len(values) - 1}.")
-    found = int(values.argmax()) if ed is None else ed, int(values.argmin()) if es is None else es
-    if found[0] == found[1] and (ed, es) != (None, None):  # equal of themselves they are where no ventricle was found
-        raise DataError(f"Frame {found[0]} cannot be both end-diastole and end-systole.")
-    return found
+        if frame is not None and frame not in called:
+            raise DataError(f"The {name} frame is {frame}, but the frames are {_named(called)}.")
+    if ed is not None and ed == es:
+        raise DataError(f"Frame {ed} cannot be both end-diastole and end-systole.")
+    return (
+        int(values.argmax()) if ed is None else called.index(ed),
+        int(values.argmin()) if es is None else called.index(es),
+    )
 
 
 def heart_function(
@@ -128,7 +137,7 @@ def heart_function(
 
     Args:
         volumes: mL in each frame by ``lv``, ``myo`` and ``rv``, as from :func:`frame_volumes`.
-        ed: the end-diastolic frame, counted from 0, where it is known.
+        ed: the end-diastolic frame, as it is called, where it is known.
         es: the end-systolic one, likewise.
         rate: beats a minute, where known.
         surface: of the body in m2, where known.
@@ -141,13 +150,13 @@ def heart_function(
     Raises:
         DataError: as :func:`ed_and_es`; when a structure is missing or has another number of frames.
     """
-    ed, es = _checked(volumes, ed, es, frames)
+    at_ed, at_es = _checked(volumes, ed, es, frames)
     called = range(len(volumes["lv"])) if frames is None else frames
-    row: dict[str, float] = {"ed_frame": called[ed], "es_frame": called[es]}
+    row: dict[str, float] = {"ed_frame": called[at_ed], "es_frame": called[at_es]}
     for side in ("lv", "rv"):
-        row |= _ventricle(side, float(volumes[side][ed]), float(volumes[side][es]), rate, surface)
+        row |= _ventricle(side, float(volumes[side][at_ed]), float(volumes[side][at_es]), rate, surface)
         if side == "lv":
-            row["lv_mass_g"] = DENSITY * float(volumes["myo"][ed])
+            row["lv_mass_g"] = DENSITY * float(volumes["myo"][at_ed])
             if surface is not None:
                 row["lv_massi_g_m2"] = row["lv_mass_g"] / surface
     if rate is not None:
@@ -173,18 +182,16 @@ def _ef(edv: float, esv: float) -> float:
     return 100 * (edv - esv) / edv if edv else math.nan
 
 
-def rate_of_intervals(intervals: Sequence[float]) -> float | None:
+def rate_of_interval(interval: float | None) -> float | None:
     """Heart rate from DICOM's NominalInterval (0018,1062).
 
     Args:
-        intervals: lengths of the beat in milliseconds, of any files of the series; those that are not positive, which
-            scanners write for unknown ones, are left out.
+        interval: length of the beat in milliseconds, where the header says it.
 
     Returns:
-        60,000 / their mean, in beats a minute; None where there is none, or the rate is not within :data:`RATES`.
+        60,000 / the interval, in beats a minute; None where it is unknown, or the rate is not within :data:`RATES`.
     """
-    known = [ms for ms in intervals if math.isfinite(ms) and ms > 0]
-    return _plausible(60_000 * len(known) / sum(known)) if known else None
+    return within(RATES, 60_000 / interval if interval else None)
 
 
 def rate_of_times(times: Sequence[float]) -> float | None:
@@ -199,7 +206,7 @@ def rate_of_times(times: Sequence[float]) -> float | None:
     """
     if not known_times(times):
         return None
-    return _plausible(60_000 * (len(times) - 1) / (len(times) * (times[-1] - times[0])))
+    return within(RATES, 60_000 * (len(times) - 1) / (len(times) * (times[-1] - times[0])))
 
 
 def known_times(times: Sequence[float]) -> bool:
@@ -207,11 +214,12 @@ def known_times(times: Sequence[float]) -> bool:
     return len(times) > 1 and bool(np.isfinite(times).all() and (np.diff(times) > 0).all())
 
 
-def _plausible(rate: float) -> float | None:
-    return rate if RATES[0] <= rate <= RATES[1] else None
+def within(limits: tuple[float, float], *values: float | None) -> float | None:
+    """The first of some values that is known and within limits; None where none is."""
+    return next((value for value in values if value is not None and limits[0] <= value <= limits[1]), None)
 
 
-def body_surface(height: float, weight: float) -> float | None:
+def body_surface(height: float | None, weight: float | None) -> float | None:
     """Area of a body's surface by Mosteller's formula.
 
     Args:
@@ -219,11 +227,10 @@ def body_surface(height: float, weight: float) -> float | None:
         weight: kilograms, as DICOM's PatientWeight (0010,1030).
 
     Returns:
-        m2; None where they are no person's: headers hold 0, or centimetres. A person has 0.4 to 2.5 m and 2 to 350 kg.
+        m2; None where one of them is unknown, or not within :data:`HEIGHTS` and :data:`WEIGHTS`.
     """
-    if not (0.4 <= height <= 2.5 and 2 <= weight <= 350):
-        return None
-    return math.sqrt(100 * height * weight / 3600)
+    height, weight = within(HEIGHTS, height), within(WEIGHTS, weight)
+    return None if height is None or weight is None else math.sqrt(100 * height * weight / 3600)
 
 
 def function_flags(
@@ -242,33 +249,36 @@ def function_flags(
 
     Returns:
         A sentence for each: a ventricle whose ejection fraction is outside 5 to 85 %, or that has none; myocardium
-        whose volume changes by more than a fifth of its greatest; ED and ES in neighbouring frames of four or more, the
-        last and the first included, or of a pair whose frames are called so.
+        that is not there at ED, or whose volume changes by more than a fifth of its greatest; ED and ES in neighbouring
+        frames of four or more, the last and the first included, or of a pair whose frames are called so. Two frames
+        without names are all that there is: that they are neighbours says nothing.
 
     Raises:
         DataError: as :func:`heart_function`.
     """
-    ed, es = _checked(volumes, ed, es, frames)
+    at_ed, at_es = _checked(volumes, ed, es, frames)
     flags = []
     for side in ("lv", "rv"):
-        ef = _ef(float(volumes[side][ed]), float(volumes[side][es]))
+        ef = _ef(float(volumes[side][at_ed]), float(volumes[side][at_es]))
         if math.isnan(ef):
             flags.append(f"{NAMES[side]}: not found at end-diastole, so it has no ejection fraction")
         elif not EF_RANGE[0] <= ef <= EF_RANGE[1]:
-            flags.append(f"{NAMES[side]}: ejection fraction {round(ef)} %, outside {EF_RANGE[0]} to {EF_RANGE[1]} %")
+            flags.append(f"{NAMES[side]}: ejection fraction {ef:.1f} %, outside {EF_RANGE[0]} to {EF_RANGE[1]} %")
     myocardium = np.asarray(volumes["myo"], float)
+    if not myocardium[at_ed]:
+        flags.append("myocardium: not found at end-diastole, so its mass is 0")
     low, high = myocardium.min(), myocardium.max()
     if high - low > MYOCARDIUM_CHANGE * high:
         flags.append(f"myocardium: its volume changes from {low:.0f} to {high:.0f} mL, by more than a fifth")
     count = len(myocardium)
-    apart = abs(ed - es)
+    apart = abs(at_ed - at_es)
     if frames is not None and count == 2:
-        neighbours = abs(frames[ed] - frames[es]) == 1
+        neighbours = abs(frames[at_ed] - frames[at_es]) == 1
     else:
         neighbours = count >= 4 and min(apart, count - apart) == 1
     if neighbours:
         called = range(count) if frames is None else frames
-        flags.append(f"end-diastole and end-systole are neighbouring frames, {called[ed]} and {called[es]}")
+        flags.append(f"end-diastole and end-systole are neighbouring frames, {called[at_ed]} and {called[at_es]}")
     return flags
 
 
@@ -351,10 +361,16 @@ def _listed(frames: Sequence[int]) -> str:
     return f"frames {', '.join(map(str, frames[:-1]))} and {frames[-1]}"
 
 
+def _named(frames: Sequence[int]) -> str:
+    """What frames are called, in a few words."""
+    first, last = frames[0], frames[-1]
+    return f"{first} to {last}" if list(frames) == [*range(first, last + 1)] else ", ".join(map(str, frames))
+
+
 def _checked(
     volumes: Mapping[str, Sequence[float]], ed: int | None, es: int | None, frames: Sequence[int] | None
 ) -> tuple[int, int]:
-    """ED and ES of volumes that belong together."""
+    """Places of ED and ES of volumes that belong together."""
     missing = [name for name in NAMES if name not in volumes]
     if missing:
         raise DataError(f"Heart function needs the volumes of lv, myo and rv, {' and '.join(missing)} is missing.")
@@ -363,7 +379,7 @@ def _checked(
         raise DataError(f"Volumes and names of the frames differ in number: {', '.join(map(str, sorted(counts)))}.")
     for name in ("myo", "rv"):
         ed_and_es(volumes[name])  # the same numbers are wrong there
-    return ed_and_es(volumes["lv"], ed, es)
+    return ed_and_es(volumes["lv"], ed, es, frames)
 
 
 def _frame_boxes(labels: Sequence[np.ndarray], numbers: Mapping[str, int]) -> list[dict[int, tuple]]:

@@ -26,14 +26,17 @@ from ..errors import DataError, beginning
 from ..storage import whole_file
 from .beats import volume_curve
 from .hearts import (
+    HEIGHTS,
+    WEIGHTS,
     body_surface,
     frame_shapes,
     function_flags,
     heart_function,
     heart_numbers,
-    rate_of_intervals,
+    rate_of_interval,
     rate_of_times,
     shape_flags,
+    within,
 )
 from .label_maps import SaveImageLabelMapd, result_file
 from .measures import column_of, measures, structure_names, write_measures
@@ -165,11 +168,10 @@ class Measures:
         image = records[0]["image"]
         info = read_info(Path(image).parent)
         frames = [frame for record in records for frame in record["frames"]]
-        series = None
+        called = series = None
         if len(records) > 1:
             called = [int(re.findall(r"\d+$", record["id"])[0]) for record in records]
         else:
-            called = list(range(len(frames)))
             series = next(case.get("series") for case in self.cases if str(case["image"]) == image)
             info = {key: value - 1 if key in ("ED", "ES") else value for key, value in info.items()}
         ed, es = (
@@ -277,7 +279,7 @@ class Measures:
 def patient_row(
     frames: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],
-    called: Sequence[int],
+    called: Sequence[int] | None = None,
     series: TimeSeries | None = None,
     info: Mapping[str, float] | None = None,
     ed: int | None = None,
@@ -288,7 +290,7 @@ def patient_row(
     Args:
         frames: the measures of each frame, and its ``"shapes"``.
         names: of the structures by their numbers, those of the heart among them.
-        called: what the frames are called.
+        called: what the frames are called, by default 0, 1, 2, ...
         series: what says the times of the frames, and the patient's height and weight.
         info: of an ``Info.cfg``, as :func:`read_info`, for height and weight that the series does not say.
         ed: the end-diastolic frame, as it is called, where it is known.
@@ -301,20 +303,15 @@ def patient_row(
         DataError: when a frame that is named is not there; see :func:`networks.results.hearts.ed_and_es`.
     """
     volumes = frame_columns(frames, names)
-    for key, frame in {"ed": ed, "es": es}.items():
-        if frame is not None and frame not in called:
-            raise DataError(f"the {key} frame is {frame}, but the frames are {', '.join(map(str, called))}.")
-    at_ed, at_es = (None if frame is None else list(called).index(frame) for frame in (ed, es))
     info = info or {}
-    rate = surface = None
-    if series is not None:
-        rate = rate_of_intervals([series.interval]) if series.interval else rate_of_times(series.times or [])
-    height = series.height if series is not None and series.height else info.get("Height", 0) / 100
-    weight = series.weight if series is not None and series.weight else info.get("Weight", 0)
-    surface = body_surface(height, weight)
-    row: Row = heart_function(volumes, at_ed, at_es, rate, surface, called)
+    height, weight = (None, None) if series is None else (series.height, series.weight)
+    surface = body_surface(
+        within(HEIGHTS, height, info.get("Height", 0) / 100), within(WEIGHTS, weight, info.get("Weight"))
+    )
+    rate = None if series is None else rate_of_interval(series.interval) or rate_of_times(series.times or [])
+    row: Row = heart_function(volumes, ed, es, rate, surface, called)
     row |= _confidence(frames, [column_of(name) for name in names.values()])
-    flags = function_flags(volumes, at_ed, at_es, called) + shape_flags([f["shapes"] for f in frames], called)
+    flags = function_flags(volumes, ed, es, called) + shape_flags([f["shapes"] for f in frames], called)
     return {**row, "flags": "; ".join(flags)}
 
 

@@ -123,7 +123,7 @@ def test_a_heart_over_time_is_one_row_with_its_function(images, run):
 def test_frames_can_be_named(run):
     named = table(run(ed_frame=1, es_frame=2))["heart"]
     assert (named["ed_frame"], named["es_frame"]) == ("1", "2")
-    with pytest.raises(DataError, match="heart.nii.gz: the ed frame is 9, but the frames are 0, 1, 2, 3, 4"):
+    with pytest.raises(DataError, match="heart.nii.gz: The ed frame is 9, but the frames are 0 to 4"):
         run(ed_frame=9)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from networks.errors import DataError
 from networks.results.hearts import (
-    LEFT_FIRST,
     RIGHT_FIRST,
     body_surface,
     ed_and_es,
@@ -18,11 +17,12 @@ from networks.results.hearts import (
     function_flags,
     heart_function,
     known_times,
-    rate_of_intervals,
+    rate_of_interval,
     rate_of_times,
     shape_flags,
 )
 
+LEFT_FIRST = {"lv": 1, "myo": 2, "rv": 3}
 SPACING = (0.5, 0.5, 10.0)
 HEIGHT = 60.0  # mm, of six slices
 MYOCARDIUM = 1500.0  # mm2 of each slice's ring, the same through the beat
@@ -120,17 +120,18 @@ def test_all_columns_by_hand():
 
 
 def test_frames_may_be_given():
-    row = heart_function(VOLUMES, ed=0, es=2, frames=[10, 11, 12, 13, 14])
+    row = heart_function(VOLUMES, ed=10, es=12, frames=[10, 11, 12, 13, 14])
     assert (row["ed_frame"], row["es_frame"], row["lv_edv_ml"], row["lv_esv_ml"]) == (10, 12, 80, 70)
     assert ed_and_es(VOLUMES["lv"], es=0) == (1, 0)
+    assert ed_and_es(VOLUMES["lv"], ed=7, frames=[1, 3, 5, 7, 9]) == (3, 3)  # one frame is found, the other was given
     assert ed_and_es([5, 5, 3, 3]) == (0, 2)
     assert ed_and_es([0, 0, 0]) == (0, 0)  # no ventricle anywhere, which is flagged
 
 
 def test_heart_rate_of_headers():
-    assert rate_of_intervals([860, 840, 0, math.nan, -1]) == pytest.approx(60_000 / 850)
-    assert rate_of_intervals([0]) is rate_of_intervals([]) is None
-    assert rate_of_intervals([100]) is None  # 600 a minute
+    assert rate_of_interval(850) == pytest.approx(60_000 / 850)
+    assert rate_of_interval(0) is rate_of_interval(None) is rate_of_interval(math.nan) is None
+    assert rate_of_interval(100) is None  # 600 a minute
     times = [40.0 * t for t in range(25)]  # 25 frames of 40 ms: a beat of 1000 ms, though the last begins at 960
     assert rate_of_times(times) == pytest.approx(60)
     assert rate_of_times([t * 25.0 for t in range(25)]) == pytest.approx(96)
@@ -153,10 +154,11 @@ def test_a_sound_heart_has_no_flags():
 @pytest.mark.parametrize(
     ("change", "frames", "flag"),
     [
-        ({"lv": [100, 90, 10, 50, 80]}, None, "left ventricle: ejection fraction 90 %, outside 5 to 85 %"),
-        ({"lv": [100, 99, 98, 97, 99]}, [1, 2, 3, 4, 5], "left ventricle: ejection fraction 3 %, outside 5 to 85 %"),
-        ({"rv": [80, 50, 112, 70, 70]}, None, "right ventricle: ejection fraction -40 %, outside 5 to 85 %"),
+        ({"lv": [100, 90, 14.7, 50, 80]}, None, "left ventricle: ejection fraction 85.3 %, outside 5 to 85 %"),
+        ({"lv": [100, 99, 98, 97, 99]}, [1, 2, 3, 4, 5], "left ventricle: ejection fraction 3.0 %, outside 5 to 85 %"),
+        ({"rv": [80, 50, 112, 70, 70]}, None, "right ventricle: ejection fraction -40.0 %, outside 5 to 85 %"),
         ({"rv": [0] * 5}, None, "right ventricle: not found at end-diastole, so it has no ejection fraction"),
+        ({"myo": [0] * 5}, None, "myocardium: not found at end-diastole, so its mass is 0"),
         (
             {"myo": [100, 100, 79, 90, 95]},
             None,
@@ -175,6 +177,7 @@ def test_a_flag_for_each_thing_wrong_with_volumes(change, frames, flag):
 def test_a_pair_s_frames_are_neighbours_by_their_names():
     pair = {"lv": [100, 50], "myo": [100, 100], "rv": [100, 50]}
     assert function_flags(pair, frames=[1, 12]) == []
+    assert function_flags(pair) == []  # two frames that have no names
     assert function_flags(pair, frames=[7, 8]) == ["end-diastole and end-systole are neighbouring frames, 7 and 8"]
 
 
@@ -265,7 +268,7 @@ def test_wrong_label_maps_are_told_in_one_sentence(labels, options, message):
         (VOLUMES, {"ed": 5}, "ed frame is 5, but the frames are 0 to 4"),
         (VOLUMES, {"es": -1}, "es frame is -1"),
         (VOLUMES, {"ed": 2, "es": 2}, "Frame 2 cannot be both"),
-        (VOLUMES, {"es": 1}, "Frame 1 cannot be both"),
+        (VOLUMES, {"ed": 1, "frames": [10, 12, 14, 16, 18]}, "ed frame is 1, but the frames are 10, 12, 14"),
     ],
 )
 def test_wrong_volumes_are_told_in_one_sentence(volumes, options, message):
