@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and when they were."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import WriteError
 
-__all__ = ["whole_file", "write_csv"]
+__all__ = ["changed", "whole_file", "write_csv"]
 
 
 @contextmanager
@@ -43,6 +43,13 @@ def whole_file(target: Path) -> Iterator[str]:
         if isinstance(error, OSError) and _is_of(error, name, target):
             raise WriteError(error.errno, error.strerror or str(error), str(target)) from error
         raise
+
+
+def changed(file: Path) -> int:
+    """When a file came to its place or its content, in nanoseconds: one that is moved or copied there may bring an old
+    date along."""
+    status = file.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _is_of(error: OSError, name: Path, target: Path) -> bool:

@@ -19,6 +19,7 @@ from ..errors import DataError, WriteError, beginning
 from ..results.label_maps import SaveImageLabelMapd
 from ..results.measuring import Measures
 from ..results.report import Overlays
+from ..storage import changed
 
 __all__ = ["CaseEvaluator", "unfinished"]
 
@@ -32,6 +33,9 @@ class CaseEvaluator(SupervisedEvaluator):
     taken after one that failed. Where nothing can be written it stops. What the inferer keeps in its ``maps``, as
     :class:`networks.engine.inferers.LabelInferer` does, is postprocessed along with the label maps, under its names.
 
+    Attributes:
+        failed: why cases cannot be done, by their images. Handlers at the end of the run may add what they find.
+
     Raises:
         DataError: by ``run``, when all other cases are done: which failed, and why. With several processes, in each.
     """
@@ -42,8 +46,7 @@ class CaseEvaluator(SupervisedEvaluator):
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Do all cases of the loader; see :class:`monai.engines.Evaluator`."""
-        self.failed: list[str] = []
-        self._bad: set[str] = set()
+        self.failed: dict[str, str] = {}
         loader, batches = self.data_loader, self._usable(self.data_loader)
         self.data_loader, self.state.epoch_length = batches, None
         try:
@@ -51,7 +54,7 @@ class CaseEvaluator(SupervisedEvaluator):
         finally:
             batches.close()
             self.data_loader = loader
-        failed = [reason for reason in string_list_all_gather(self.failed) if reason]
+        failed = [reason for reason in string_list_all_gather([*self.failed.values()]) if reason]
         if failed:
             raise DataError(f"{len(failed)} of the cases failed, the others are done:\n" + "\n".join(failed))
 
@@ -79,7 +82,7 @@ class CaseEvaluator(SupervisedEvaluator):
                     following = None
                     continue
                 following = reader.submit(next, batches, None) if self.reads_ahead(batch) else None
-                if image not in self._bad:
+                if image not in self.failed:
                     yield batch
                 del batch
 
@@ -95,10 +98,9 @@ class CaseEvaluator(SupervisedEvaluator):
             return engine.state.output
 
     def _note(self, reason: str, image: str, trace: bool = False) -> None:
-        if image not in self._bad:
+        if image not in self.failed:
             logger.error(reason, exc_info=trace)
-            self.failed.append(reason)
-        self._bad.add(image)
+            self.failed[image] = reason
 
     def _take_maps(self) -> None:
         self.state.output |= getattr(self.inferer, "maps", {})
@@ -160,7 +162,7 @@ def _is_done(image: str, target: Path, made_by: Sequence[Path]) -> bool:
     before = [*made_by, Path(image), *(Path(image).rglob("*") if Path(image).is_dir() else ())]
     if not target.is_file() or not all(file.exists() for file in before):
         return False
-    if target.stat().st_mtime_ns <= max(_changed(file) for file in before):
+    if target.stat().st_mtime_ns <= max(changed(file) for file in before):
         return False
     load = LoadVolumed("pred", suffixes=("",))
     try:
@@ -169,9 +171,3 @@ def _is_done(image: str, target: Path, made_by: Sequence[Path]) -> bool:
     except Exception:  # of another program, or not whole
         return False
     return True
-
-
-def _changed(file: Path) -> int:
-    """When a file came to its place or its content: one that is moved or copied there may bring an old date along."""
-    status = file.stat()
-    return max(status.st_mtime_ns, status.st_ctime_ns)

@@ -7,13 +7,14 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from ignite.engine import Events
+from monai.data import MetaTensor
 from monai.engines import Evaluator, IterationEvents
 from monai.utils import ensure_tuple
 
@@ -21,9 +22,10 @@ from ..data.cine import TimeSeries, nifti_series
 from ..data.folders import natural_order
 from ..data.formats import NIFTI, PICTURES
 from ..data.geometry import seen_voxels, slices_along
+from ..data.labels import CheckLabeld
 from ..data.readers import read_image
-from ..errors import DataError, beginning
-from ..storage import whole_file
+from ..errors import DataError, WriteError, beginning
+from ..storage import changed, whole_file
 from .beats import volume_curve
 from .hearts import (
     HEIGHTS,
@@ -40,21 +42,32 @@ from .hearts import (
 )
 from .label_maps import SaveImageLabelMapd, result_file
 from .measures import column_of, measures, structure_names, write_measures
+from .report import Overlays
 
-__all__ = ["Measures", "patient_row", "read_info"]
+__all__ = ["Measures", "check_frames", "patient_row", "read_info", "row_names"]
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Record = dict[str, Any]
+
+FRAME = re.compile(r"(.+)_frame(\d+)")
+"""The name of one frame of a patient."""
+
+Patient = tuple[str, str, bool]
+"""Folder, name, and whether it has a file for each frame."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Measures:
     """Handler of an evaluator that measures each case, and ends with ``measures.csv`` of all cases.
 
     What was measured of a case lies in ``measures/NAME.json``, frame by frame, so that a run that goes on after an
-    interruption, or of several processes, has all in its table. Hearts over time have one row each with their function;
-    so do the files ``NAME_frameMM`` of one patient. See :mod:`networks.results.measures` and
-    :mod:`networks.results.hearts` for the columns.
+    interruption, or of several processes, has all in its table. It counts while the label map is there, and neither
+    that nor the image was changed since; a label map that was corrected meanwhile is measured as it lies. Hearts over
+    time have one row each with their function; so do the files ``NAME_frameMM`` of one patient. See
+    :mod:`networks.results.measures` and :mod:`networks.results.hearts` for the columns.
 
     Args:
         saver: names the label maps.
@@ -65,7 +78,8 @@ class Measures:
         ed_frame: the end-diastolic frame of all cases, as the table calls it; by default of the greatest left
             ventricle, or as the ``Info.cfg`` beside the image says.
         es_frame: the end-systolic one, likewise.
-        curves: draw ``NAME_curve.png`` of each heart over time.
+        curves: draw ``NAME_curve.png`` of each heart over time, and the pictures of label maps that are measured as
+            they lie. Without it a curve that is there is kept up to date, and pictures out of date are removed.
         enabled: False measures nothing in an evaluator.
     """
 
@@ -89,12 +103,13 @@ class Measures:
         self.field_of_view = field_of_view
         self.ed_frame = ed_frame
         self.es_frame = es_frame
-        self.curves = curves
+        self.overlays = Overlays(saver, cases, labels, num_classes, enabled=curves)
         self.enabled = enabled
         self._frames: list[Row] = []
 
     def attach(self, evaluator: Evaluator) -> None:
-        """Attach to an evaluator whose batches have the image as it was loaded as ``"raw"``."""
+        """Attach to a :class:`networks.engine.evaluator.CaseEvaluator` whose batches have the image as it was loaded as
+        ``"raw"``. Its ``failed`` gets the cases that have no row."""
         if self.enabled:
             evaluator.add_event_handler(Events.ITERATION_STARTED, self._forget)
             evaluator.add_event_handler(IterationEvents.MODEL_COMPLETED, self._measure)  # an error is the case's
@@ -111,41 +126,27 @@ class Measures:
         Nothing says how sure a person is, so there is no confidence of a label map that changed since it was measured.
 
         Raises:
-            DataError: when all other cases are done: which label maps cannot be used, and why.
+            DataError: when all other cases are done: which cannot be measured, and why.
         """
-        failed = []
-        for case in self.cases:
-            target, kept = self.saver.target(case["image"]), self.file(case["image"])
-            if not target.is_file():
-                logger.warning(f"{case['image']} has no label map {target}: left out")
-                continue
-            sure = kept.is_file() and kept.stat().st_mtime_ns > target.stat().st_mtime_ns
-            before = json.loads(kept.read_text(encoding="utf-8"))["frames"] if sure else []
-            try:
-                frames = self._of_files(case, target)
-            except Exception as error:
-                cause = beginning(error)
-                failed.append(str(cause) if isinstance(cause, DataError) else f"{target}: {cause}. Write it again.")
-                logger.error(failed[-1])
-                continue
-            for old, new in zip(before, frames):
-                new |= {name: value for name, value in old.items() if name.endswith("confidence")}
-            self._keep(case["image"], frames)
-        self.write_table()
+        failed = self._of_label_maps(self.cases) | self.write_table()
         if failed:
             raise DataError(
-                f"{len(failed)} of the label maps cannot be used, the others are measured:\n" + "\n".join(failed)
+                f"{len(failed)} of the cases cannot be measured, the others are:\n" + "\n".join(failed.values())
             )
 
-    def write_table(self) -> None:
-        """Write ``measures.csv`` of all cases that were measured, one row each, and the curves.
+    def write_table(self) -> dict[str, str]:
+        """Write ``measures.csv`` of all cases whose measures count, one row each, and the curves.
 
-        Raises:
-            DataError: when all is written: which cases do not have the frames that were named.
+        Returns:
+            Why cases have no row, by their images: they lack the frames that were named.
         """
+        patients = self._patients()
+        found = {patient: records for patient, cases in patients.items() if (records := self._records(cases))}
         rows: dict[str, Row] = {}
-        failed = []
-        for name, records in self._patients().items():
+        failed: dict[str, str] = {}
+        for patient, name in row_names({key: (key[0], _row_name(key, found[key], patients)) for key in found}).items():
+            records = found[patient]
+            image = records[0]["image"]
             frames = [frame for record in records for frame in record["frames"]]
             if self.heart is None or len(frames) == 1:
                 rows[name] = {key: value for key, value in frames[0].items() if key != "shapes"}
@@ -155,36 +156,85 @@ class Measures:
             try:
                 rows[name] = self._patient(records)
             except DataError as error:
-                failed.append(f"{records[0]['image']}: {error}")
+                failed[image] = f"{image}: {error}"
+                result_file(self.saver, image, "curve.png").unlink(missing_ok=True)
                 continue
             logger.info(_summary(name, rows[name]))
         write_measures(self.output_dir / "measures.csv", rows)
-        if failed:
-            raise DataError("\n".join(failed))
+        return failed
 
-    def _patient(self, records: Sequence[Row]) -> Row:
+    def _patient(self, records: Sequence[Record]) -> Row:
         """The row of one heart over time: of one file or study, or of a file for each frame."""
-        records = sorted(records, key=lambda record: natural_order(record["id"]))
         image = records[0]["image"]
         info = read_info(Path(image).parent)
         frames = [frame for record in records for frame in record["frames"]]
         called = series = None
         if len(records) > 1:
-            called = [int(re.findall(r"\d+$", record["id"])[0]) for record in records]
+            names = [record["id"] for record in records]
+            called = [int(FRAME.fullmatch(name)[2]) for name in names]  # type: ignore[index]
+            check_frames(called, names)
         else:
-            series = next(case.get("series") for case in self.cases if str(case["image"]) == image)
+            series = self.overlays.series[image]
             info = {key: value - 1 if key in ("ED", "ES") else value for key, value in info.items()}
         ed, es = (
             int(info[key]) if named is None and key in info else named
             for key, named in (("ED", self.ed_frame), ("ES", self.es_frame))
         )
         row = patient_row(frames, self.names, called, series, info, ed, es)
-        if self.curves and series is not None:
-            volumes = frame_columns(frames, self.names)
-            figure = volume_curve(volumes, row["ed_frame"], row["es_frame"], series.times)
-            with whole_file(result_file(self.saver, image, "curve.png")) as name:
+        curve = result_file(self.saver, image, "curve.png")
+        if series is not None and (self.overlays.enabled or curve.is_file()):
+            figure = volume_curve(frame_columns(frames, self.names), row["ed_frame"], row["es_frame"], series.times)
+            with whole_file(curve) as name:
                 figure.savefig(name)
         return row
+
+    def _counts(self, case: Mapping[str, Any]) -> bool:
+        """Whether what is kept of a case was measured in its label map as it lies, of its image as it is."""
+        kept, made_of = self.file(case["image"]), [self.saver.target(case["image"]), Path(case["image"])]
+        if not all(file.exists() for file in (kept, *made_of)):
+            return False
+        # A folder changes with all that is written into it, results too.
+        return changed(kept) >= max(changed(file) for file in made_of if file.is_file())
+
+    def _of_label_maps(self, cases: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+        """Measure label maps as they lie; why some cannot be, by their images."""
+        failed: dict[str, str] = {}
+        for case in cases:
+            image, target = str(case["image"]), self.saver.target(case["image"])
+            if not target.is_file():
+                logger.warning(f"{image} has no label map {target}: left out")
+                self._leave_out(case)
+                continue
+            kept = self.file(image)
+            before = json.loads(kept.read_text(encoding="utf-8"))["frames"] if self._counts(case) else []
+            try:
+                frames = self._of_files(case, target)
+            except Exception as error:
+                cause = beginning(error)
+                if isinstance(cause, WriteError):  # nor could the next be written
+                    raise
+                failed[image] = str(cause) if isinstance(cause, DataError) else f"{target}: {cause}. Write it again."
+                logger.error(failed[image])
+                self._leave_out(case)
+                continue
+            for old, new in zip(before, frames):
+                new |= {name: value for name, value in old.items() if name.endswith("confidence")}
+            self._keep(image, frames)
+            picture = Overlays.picture(self.saver, case)
+            if picture.is_file() and changed(picture) < changed(target):
+                self._remove(picture)
+        return failed
+
+    def _leave_out(self, case: Mapping[str, Any]) -> None:
+        """Of a case whose label map is not there, or cannot be used, nothing measured or drawn counts."""
+        self.file(case["image"]).unlink(missing_ok=True)
+        for picture in (Overlays.picture(self.saver, case), result_file(self.saver, case["image"], "curve.png")):
+            if picture.is_file():
+                self._remove(picture)
+
+    def _remove(self, picture: Path) -> None:
+        picture.unlink()
+        logger.warning(f"{picture} is out of date: removed. Measure with --overlay True to draw it anew.")
 
     def _forget(self, evaluator: Evaluator) -> None:
         """Measures of an earlier label map would pass for those of the new one, if the run ended between the two."""
@@ -233,12 +283,11 @@ class Measures:
             label = labels.read(frame) if labels else read_image(target)
             if image.ndim == 3:  # a picture
                 image, label = image[..., None], label[..., None]
-            if label.shape[1:] != image.shape[1:]:
-                raise DataError(
-                    f"{target} has shape {list(label.shape[1:])}, its image {list(image.shape[1:])}: they must be "
-                    "of one grid. Segment the image again."
-                )
-            frames.append(self._of_frame(self.saver.classes(label[0], target), image))
+            label = MetaTensor(torch.as_tensor(self.saver.classes(label, target))).copy_meta_from(label)
+            CheckLabeld("label", len(self.saver.numbers))({"label": label, "image": image})
+            frames.append(self._of_frame(np.asarray(label)[0], image))
+        if self.overlays.enabled:
+            self.overlays.draw(str(case["image"]), label)
         return frames
 
     def _keep(self, image: str, frames: list[Row]) -> None:
@@ -246,34 +295,71 @@ class Measures:
         with whole_file(self.file(image)) as name:
             Path(name).write_text(json.dumps(content, indent=1), encoding="utf-8", errors="backslashreplace")
 
-    def _finish(self) -> None:
+    def _finish(self, evaluator: Any) -> None:
+        for image in evaluator.failed:  # of which an earlier run may have measured something
+            self.file(image).unlink(missing_ok=True)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the others' cases are kept
             if torch.distributed.get_rank() != 0:
                 return
-        self.write_table()
+        corrected = [c for c in self.cases if self.file(c["image"]).is_file() and not self._counts(c)]
+        if corrected:
+            logger.info(f"{len(corrected)} label maps were changed since they were measured, and are measured again")
+        evaluator.failed |= self._of_label_maps(corrected) | self.write_table()
 
-    def _patients(self) -> dict[str, list[Row]]:
-        """What was measured, by the name of its row: a case, or the patient of some files ``NAME_frameMM``."""
-        records: dict[tuple[str, str], list[Row]] = {}
-        for case in self.cases:
-            kept = self.file(case["image"])
-            if kept.is_file():
-                frame = re.fullmatch(r"(.+)_frame\d+", case["id"])
-                name = frame[1] if frame and self.heart is not None and "series" not in case else case["id"]
-                record = {"id": case["id"], **json.loads(kept.read_text(encoding="utf-8"))}
-                record["frames"] = [{k: math.nan if v is None else v for k, v in f.items()} for f in record["frames"]]
-                records.setdefault((str(kept.parent.relative_to(self.output_dir / "measures")), name), []).append(
-                    record
-                )
-        for (folder, name), found in list(records.items()):
-            if len(found) == 1 and name != found[0]["id"]:  # the one frame of a patient
-                records[(folder, found[0]["id"])] = records.pop((folder, name))
-        counts = Counter(name for _, name in records)
-        return {
-            name if counts[name] == 1 else f"{folder}/{name}": found
-            for (folder, name), found in sorted(records.items())
-        }
+    def _patients(self) -> dict[Patient, list[Mapping[str, Any]]]:
+        """All cases by what has a row: a case, or the patient of some files ``NAME_frameMM``."""
+        patients: dict[Patient, list[Mapping[str, Any]]] = {}
+        for case in sorted(self.cases, key=lambda case: natural_order(case["id"])):
+            frame = FRAME.fullmatch(case["id"]) if self.heart is not None and "series" not in case else None
+            folder = str(self.file(case["image"]).parent.relative_to(self.output_dir / "measures"))
+            patients.setdefault((folder, frame[1] if frame else case["id"], bool(frame)), []).append(case)
+        return dict(sorted(patients.items()))
+
+    def _records(self, cases: Iterable[Mapping[str, Any]]) -> list[Record]:
+        """What was measured of some cases, where it counts."""
+        records = []
+        for case in filter(self._counts, cases):
+            frames = json.loads(self.file(case["image"]).read_text(encoding="utf-8"))["frames"]
+            frames = [{name: math.nan if value is None else value for name, value in f.items()} for f in frames]
+            records.append({"id": case["id"], "image": str(case["image"]), "frames": frames})
+        return records
+
+
+def _row_name(patient: Patient, records: Sequence[Record], patients: Collection[Patient]) -> str:
+    """The name of a row in its folder: the patient's where there are several frames, unless a case is called so."""
+    folder, name, _ = patient
+    names = [record["id"] for record in records]
+    return name if len(names) > 1 and (folder, name, False) not in patients else " and ".join(names)
+
+
+def row_names(places: Mapping[Key, tuple[str, str]]) -> dict[Key, str]:
+    """What rows are called: by their names, with the folder where another folder has the same.
+
+    Args:
+        places: folder and name, no two the same, by whatever the rows are of.
+
+    Returns:
+        Names by the same, in their order, no two the same.
+    """
+    counts = Counter(name for _, name in places.values())
+    return {key: name if counts[name] == 1 else f"{folder}/{name}" for key, (folder, name) in places.items()}
+
+
+def check_frames(called: Sequence[int], names: Sequence[str]) -> None:
+    """Refuse two files of one frame, such as ``NAME_frame1`` and ``NAME_frame01``.
+
+    Args:
+        called: the numbers of the frames.
+        names: of their files.
+
+    Raises:
+        DataError: naming both.
+    """
+    for number, count in Counter(called).items():
+        if count > 1:
+            same = " and ".join(name for name, other in zip(names, called, strict=True) if other == number)
+            raise DataError(f"{same} are both frame {number}. Rename or remove one.")
 
 
 def patient_row(

@@ -153,17 +153,26 @@ class Overlays:
 
     def _draw(self, evaluator: Evaluator) -> None:
         for case, output in zip(evaluator.state.batch, evaluator.state.output, strict=True):
-            file = _file(case)
-            if "frame" not in case:
-                pred = _label_map(output["pred"])
-                axis, index = _fullest_slice(pred > 0)
-                image = thin(read_slice(file, axis, index))
-                with whole_file(result_file(self.saver, file, "overlay.png")) as name:
-                    overlay(image, {"prediction": thin(pred.take(index, axis)).T}).savefig(name)
-            elif self.heart is not None and int(case["frame"]) == int(case["frames"]) - 1:
-                numbers = {side: int(self.saver.numbers[number]) for side, number in self.heart.items()}
-                beat = beating_file(self.series[file], self.saver.target(file), numbers)
-                save_gif(beat, result_file(self.saver, file, "beating.gif"))
+            if int(case.get("frame", 0)) == int(case.get("frames", 1)) - 1:
+                self.draw(_file(case), output["pred"])
+
+    def draw(self, image: str, label: Any) -> None:
+        """Draw a case whose label map is written.
+
+        Args:
+            image: its file or folder.
+            label: classes of a volume, ``MetaTensor`` ``1, X, Y, Z``. Those of a time series are read from their file.
+        """
+        if image not in self.series:
+            pred = _label_map(label)
+            axis, index = _fullest_slice(pred > 0)
+            grey = thin(read_slice(image, axis, index))
+            with whole_file(result_file(self.saver, image, "overlay.png")) as name:
+                overlay(grey, {"prediction": thin(pred.take(index, axis)).T}).savefig(name)
+        elif self.heart is not None:
+            numbers = {side: int(self.saver.numbers[number]) for side, number in self.heart.items()}
+            beat = beating_file(self.series[image], self.saver.target(image), numbers)
+            save_gif(beat, result_file(self.saver, image, "beating.gif"))
 
 
 def summary_table(

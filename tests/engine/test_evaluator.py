@@ -14,9 +14,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, processes
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
 
 from networks import FIAS, DataError
 from networks.data.geometry import SliceOrientationd
@@ -244,6 +245,45 @@ def test_more_processes_than_cases_are_refused(monkeypatch):
     check_shares([1, 2, 3])
     with pytest.raises(DataError, match="2 cases .* 3 processes"):
         check_shares([1, 2])
+
+
+def _run_of(rank: int, sync: str, outcome: str) -> None:
+    """The run of one of two processes: the other's case is bad, and what this one finds at the end is, too."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sync}", rank=rank, world_size=2)
+    case = {"image": MetaTensor(torch.zeros(1, 1, 4, 4, 1), meta={"filename_or_obj": ["good.nii.gz"]})}
+
+    class Loader:
+        dataset = SimpleNamespace(data=[{"image": "good.nii.gz" if rank == 0 else "bad.nii.gz"}])
+        batch_sampler = ((0,),)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if rank == 0:
+                return case
+            raise DataError("bad.nii.gz is bad")
+
+    evaluator = CaseEvaluator(torch.device("cpu"), Loader(), torch.nn.Identity(), decollate=False)
+    if rank == 0:
+        evaluator.add_event_handler(Events.COMPLETED, lambda: evaluator.failed.update(table="no such frame"))
+    try:
+        evaluator.run()
+    except DataError as error:
+        Path(f"{outcome}{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_any_process_finds_bad_is_told_by_each(tmp_path):
+    started = [processes.Process(target=_run_of, args=(i, str(tmp_path / "sync"), str(tmp_path / "o"))) for i in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        process.kill()
+    for rank in (0, 1):
+        first, *lines = (tmp_path / f"o{rank}").read_text().splitlines()
+        assert first.startswith("2 of the cases failed") and sorted(lines) == ["bad.nii.gz is bad", "no such frame"]
 
 
 def test_a_run_is_recorded_beside_its_results_and_can_be_run_again(infer, tmp_path):

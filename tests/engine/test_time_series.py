@@ -127,6 +127,22 @@ def test_frames_can_be_named(run):
         run(ed_frame=9)
 
 
+def test_a_frame_that_is_not_there_hides_no_case_that_failed(images, run):
+    (images / "bad.nii.gz").write_bytes(b"garbage")
+    with pytest.raises(DataError, match="2 of the cases failed") as error:
+        run(ed_frame=9)
+    assert "bad.nii.gz" in str(error.value) and "ed frame is 9" in str(error.value)
+
+
+def test_an_image_that_was_replaced_by_a_bad_one_has_no_row(images, run, tmp_path):
+    assert set(table(run())) == {"heart", "volume"}
+    (images / "heart.nii.gz").write_bytes(b"garbage")
+    for resume in (True, False):
+        with pytest.raises(DataError, match="1 of the cases failed"):
+            run(resume=resume)
+        assert set(table(tmp_path / "out")) == {"volume"}
+
+
 def test_two_frames_of_a_patient_are_one_row(phantoms, run, tmp_path):
     patient = phantoms("acdc") / "training" / "patient003"
     out = run(dataset_dir=str(patient))
@@ -199,6 +215,24 @@ def test_corrected_label_maps_are_measured_again(images, run):
     assert again["volume"] == whole["volume"]
     assert again["heart"]["es_frame"] == "2" and float(again["heart"]["lv_ef_percent"]) == 100
     assert not again["heart"]["confidence"]  # nobody knows how sure a person was
+
+
+def test_a_resumed_run_measures_what_was_corrected(images, run):
+    out = run(overlay=True)
+    gif = (out / "heart_beating.gif").read_bytes()
+    target = out / "heart_seg.nii.gz"
+    corrected = nib.load(target)
+    labels = np.asarray(corrected.dataobj).copy()
+    labels[..., 2][labels[..., 2] == 3] = 2
+    nib.save(nib.Nifti1Image(labels, None, corrected.header), target)
+    run(resume=True, overlay=True)
+    assert np.array_equal(nib.load(target).dataobj, labels)
+    heart = table(out)["heart"]
+    assert float(heart["lv_ef_percent"]) == 100 and not heart["confidence"]
+    assert table(out)["volume"]["confidence"] and (out / "heart_beating.gif").read_bytes() != gif
+    target.write_bytes(target.read_bytes()[:-99])  # of another program, or not whole: segmented again
+    run(resume=True)
+    assert table(out)["heart"]["confidence"]
 
 
 def test_label_numbers_of_others(images, run, tmp_path):
