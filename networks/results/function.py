@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from ignite.engine import Events
 from monai.engines import Evaluator
 from monai.utils import string_list_all_gather
 
+from ..errors import DataError
 from ..storage import whole_file, write_csv
 from .agreement import agreement, bland_altman
 from .hearts import ed_and_es, frame_volumes, heart_function, heart_numbers
 from .measures import structure_names
-from .measuring import read_info
+from .measuring import FRAME, check_frames, info_files, read_info, row_names
 
 __all__ = ["HeartReport", "function_table"]
 
@@ -42,14 +42,17 @@ class HeartReport:
 
     Writes ``function.csv`` (predicted and true values of each patient), ``function.md`` (see :func:`function_table`)
     and ``lv_ef.png`` and ``rv_ef.png`` (Bland-Altman plots). A patient is what cases ``NAME_frameMM`` have in common.
-    ED and ES are the frames that the ``Info.cfg`` beside the image names, else those of the greatest and smallest true
-    left ventricle; predicted volumes are taken at the same frames. Of other label maps than hearts, and of patients
-    with one frame, nothing is written.
+    ED and ES are the frames that the patient's ``Info.cfg`` names, see :func:`networks.results.measuring.info_files`,
+    else those of the greatest and smallest true left ventricle; predicted volumes are taken at the same frames. Of
+    other label maps than hearts, and of patients with one frame, nothing is written.
 
     Args:
         output_dir: where to write.
         labels: names of the classes; see :func:`networks.results.measures.structure_names`.
         num_classes: of the network.
+
+    Raises:
+        DataError: when all is written, in each of several processes: whose ``Info.cfg`` or files say what cannot be.
     """
 
     def __init__(self, output_dir: str | Path, labels: Mapping[str, str] | Sequence[str], num_classes: int) -> None:
@@ -67,16 +70,16 @@ class HeartReport:
     def _collect(self, evaluator: Evaluator) -> None:
         assert self.heart is not None
         for case, output in zip(evaluator.state.batch, evaluator.state.output, strict=True):
-            named = re.fullmatch(r"(.+)_frame(\d+)", str(case["id"]))
+            named = FRAME.fullmatch(str(case["id"]))
             if named is None:
                 continue
             spacing = np.linalg.norm(np.asarray(output["label"].affine, float)[:3, :3], axis=0)
             found: dict[str, Any] = {
+                "id": named[0],
                 "patient": named[1],
-                "frame": int(named[2]),
-                "counted_from": int("frame" not in case),
+                "frame": int(named[2]) + int("frame" in case),  # as Info.cfg counts, from 1
+                "image": str(case["image"].meta["filename_or_obj"]),
             }
-            found["folder"] = str(Path(case["image"].meta["filename_or_obj"]).parent)
             for key in ("label", "pred"):
                 volume = np.asarray(output[key].cpu())[0].astype(np.uint8)
                 found[key] = {n: float(v[0]) for n, v in frame_volumes([volume], spacing.tolist(), self.heart).items()}
@@ -86,10 +89,22 @@ class HeartReport:
         patients: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for text in string_list_all_gather(self._cases):
             case = json.loads(text)
-            patients.setdefault((case["folder"], case["patient"]), []).append(case)
-        rows = {name: _function(cases) for (_, name), cases in sorted(patients.items()) if len(cases) > 1}
-        if not rows or idist.get_rank() != 0:
-            return
+            patients.setdefault((str(Path(case["image"]).parent), case["patient"]), []).append(case)
+        infos = info_files({patient: cases[0]["image"] for patient, cases in patients.items()})
+        several = {patient: cases for patient, cases in sorted(patients.items()) if len(cases) > 1}
+        rows: dict[str, dict[str, float]] = {}
+        failed: list[str] = []
+        for patient, name in row_names({patient: patient for patient in several}).items():
+            try:
+                rows[name] = _function(several[patient], infos.get(patient))
+            except DataError as error:
+                failed.append(f"{several[patient][0]['image']}: {error}")
+        if rows and idist.get_rank() == 0:
+            self._save(rows)
+        if failed:
+            raise DataError("\n".join([f"{len(failed)} hearts are not compared, the others are:", *failed]))
+
+    def _save(self, rows: Mapping[str, Mapping[str, float]]) -> None:
         columns = [f"{which}_{column}" for column in MEASURES for which in ("predicted", "true")]
         cells = [[name, *(f"{row[column]:.6g}" for column in columns)] for name, row in rows.items()]
         write_csv(self.output_dir / "function.csv", ["patient", *columns], cells)
@@ -129,16 +144,17 @@ def function_table(rows: Sequence[Mapping[str, float]]) -> str:
     return "\n".join([*lines, "", f"{len(rows)} patients; predicted - true, at the true ED and ES."])
 
 
-def _function(cases: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _function(cases: Sequence[Mapping[str, Any]], info_file: Path | None) -> dict[str, float]:
     """Predicted and true function of one patient."""
     cases = sorted(cases, key=lambda case: case["frame"])
-    info = read_info(Path(cases[0]["folder"]))
-    called = [case["frame"] + 1 - case["counted_from"] for case in cases]  # as Info.cfg counts, from 1
-    ed, es = (int(info[key]) if info.get(key) in called else None for key in ("ED", "ES"))
+    info = {} if info_file is None else read_info(info_file)
+    called = [case["frame"] for case in cases]
+    check_frames(called, [case["id"] for case in cases])
     volumes = {
         which: {name: [case[key][name] for case in cases] for name in cases[0][key]}
         for which, key in (("predicted", "pred"), ("true", "label"))
     }
+    ed, es = (int(info[key]) if key in info else None for key in ("ED", "ES"))
     ed, es = (called[place] for place in ed_and_es(volumes["true"]["lv"], ed, es, called))
     return {
         f"{which}_{column}": value

@@ -44,7 +44,7 @@ from .label_maps import SaveImageLabelMapd, result_file
 from .measures import column_of, measures, structure_names, write_measures
 from .report import Overlays
 
-__all__ = ["Measures", "check_frames", "patient_row", "read_info", "row_names"]
+__all__ = ["Measures", "check_frames", "info_files", "patient_row", "read_info", "row_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ Patient = tuple[str, str, bool]
 """Folder, name, and whether it has a file for each frame."""
 
 Key = TypeVar("Key", bound=Hashable)
+
+INFO = {"ed": "ED", "es": "ES", "height": "Height", "weight": "Weight"}
+"""What is read of an ``Info.cfg``."""
 
 
 class Measures:
@@ -76,7 +79,7 @@ class Measures:
         num_classes: of the network.
         field_of_view: what it sees of a slice; see :class:`networks.data.geometry.FieldOfViewd`.
         ed_frame: the end-diastolic frame of all cases, as the table calls it; by default of the greatest left
-            ventricle, or as the ``Info.cfg`` beside the image says.
+            ventricle, or as the ``Info.cfg`` says that :func:`info_files` finds.
         es_frame: the end-systolic one, likewise.
         curves: draw ``NAME_curve.png`` of each heart over time, and the pictures of label maps that are measured as
             they lie. Without it a curve that is there is kept up to date, and pictures out of date are removed.
@@ -138,9 +141,10 @@ class Measures:
         """Write ``measures.csv`` of all cases whose measures count, one row each, and the curves.
 
         Returns:
-            Why cases have no row, by their images: they lack the frames that were named.
+            Why cases have no row, by their images: they lack the frames that were named, or their ``Info.cfg`` is none.
         """
         patients = self._patients()
+        infos = info_files({patient: cases[0]["image"] for patient, cases in patients.items()}) if self.heart else {}
         found = {patient: records for patient, cases in patients.items() if (records := self._records(cases))}
         rows: dict[str, Row] = {}
         failed: dict[str, str] = {}
@@ -154,7 +158,7 @@ class Measures:
                     rows[name]["flags"] = "; ".join(frames[0]["shapes"])
                 continue
             try:
-                rows[name] = self._patient(records)
+                rows[name] = self._patient(records, infos.get(patient))
             except DataError as error:
                 failed[image] = f"{image}: {error}"
                 result_file(self.saver, image, "curve.png").unlink(missing_ok=True)
@@ -163,10 +167,10 @@ class Measures:
         write_measures(self.output_dir / "measures.csv", rows)
         return failed
 
-    def _patient(self, records: Sequence[Record]) -> Row:
+    def _patient(self, records: Sequence[Record], info_file: Path | None) -> Row:
         """The row of one heart over time: of one file or study, or of a file for each frame."""
         image = records[0]["image"]
-        info = read_info(Path(image).parent)
+        info = {} if info_file is None else read_info(info_file)
         frames = [frame for record in records for frame in record["frames"]]
         called = series = None
         if len(records) > 1:
@@ -408,22 +412,51 @@ def frame_columns(frames: Sequence[Mapping[str, Any]], names: Mapping[int, str])
     return {side: [float(frame[f"{column_of(names[n])}_ml"]) for frame in frames] for side, n in numbers.items()}
 
 
-def read_info(folder: Path) -> dict[str, float]:
-    """The numbers of the ``Info.cfg`` that ACDC has beside a patient's images; nothing where there is no such file.
+def info_files(patients: Mapping[Key, str]) -> dict[Key, Path]:
+    """The ``Info.cfg`` of each patient that has one: beside the image, or in the folder that is the image.
+
+    One that lies beside several patients is not used, as it does not say whose it is. The log has a warning of it.
 
     Args:
-        folder: of the images.
+        patients: an image of each.
 
     Returns:
-        ``ED`` and ``ES``, frames counted from 1, ``Height`` in centimetres, ``Weight`` in kilograms.
+        Files, by whatever stands for the patients.
     """
-    file = folder / "Info.cfg"
-    if not file.is_file():
-        return {}
-    found = re.findall(
-        r"^(ED|ES|Height|Weight): *([\d.]+) *$", file.read_text(encoding="utf-8", errors="replace"), re.M
-    )
-    return {key: int(value) if key in ("ED", "ES") else float(value) for key, value in found}
+    beside: dict[Path, list[Key]] = {}
+    for patient, image in patients.items():
+        file = (Path(image) if Path(image).is_dir() else Path(image).parent) / "Info.cfg"
+        if file.is_file():
+            beside.setdefault(file, []).append(patient)
+    for file, several in beside.items():
+        if len(several) > 1:
+            logger.warning(f"{file} lies beside {len(several)} patients and does not say whose it is: not used")
+    return {only: file for file, (only, *others) in beside.items() if not others}
+
+
+def read_info(file: Path) -> dict[str, float]:
+    """The numbers of the ``Info.cfg`` that ACDC has beside a patient's images.
+
+    Args:
+        file: with lines ``ED: 1``; capitals, blanks and a comment behind ``#`` do not matter.
+
+    Returns:
+        ``ED`` and ``ES``, frames counted from 1, ``Height`` in centimetres, ``Weight`` in kilograms, where it has them.
+
+    Raises:
+        DataError: when a line that begins with one of these does not go on with such a number.
+    """
+    numbers: dict[str, float] = {}
+    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        if known := re.match(rf"\s*({'|'.join(INFO)})\b(.*)", line, re.IGNORECASE):
+            key = INFO[known[1].lower()]
+            value = re.fullmatch(r"\s*[:=]\s*(\d+(?:\.\d*)?)\s*(?:[#;].*)?", known[2])
+            number = float(value[1]) if value else math.nan
+            if math.isnan(number) or key in ("ED", "ES") and not (number >= 1 and number.is_integer()):
+                expected = "a frame, counted from 1" if key in ("ED", "ES") else "a number"
+                raise DataError(f"{file} has the line {line.strip()!r}, expected {key}: and {expected}.")
+            numbers[key] = number
+    return numbers
 
 
 def _confidence(frames: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, float]:

@@ -375,6 +375,24 @@ def test_a_study_is_measured_as_its_file_and_its_segmentations_lie_on_its_slices
         assert np.array_equal(found, labels.dataobj[..., phase - 1])
 
 
+def test_the_info_file_of_a_study_lies_in_its_folder(beating, run, tmp_path):
+    studies = tmp_path / "studies"
+    shutil.copytree(beating / "dicom", studies)
+    out = run(dataset_dir=str(studies), uncertainty=True)
+    for name in ("seg", "entropy"):
+        header = nib.load(out / f"patient002_{name}.nii.gz").header
+        assert header.get_xyzt_units() == ("mm", "msec") and header.get_zooms()[3] > 1
+    found = {name: (row["ed_frame"], row["es_frame"]) for name, row in table(out).items()}
+    (studies / "Info.cfg").write_text("ED: 3\nES: 4\n")  # of whom?
+    run("measure", dataset_dir=str(studies))
+    assert {name: (row["ed_frame"], row["es_frame"]) for name, row in table(out).items()} == found
+    (studies / "Info.cfg").rename(studies / "patient003" / "Info.cfg")
+    run("measure", dataset_dir=str(studies))
+    rows = table(out)
+    assert (rows["patient002"]["ed_frame"], rows["patient002"]["es_frame"]) == found["patient002"]
+    assert (rows["patient003"]["ed_frame"], rows["patient003"]["es_frame"]) == ("2", "3") != found["patient003"]
+
+
 def test_a_file_that_is_no_series_has_no_dicom_segmentation(images, run, tmp_path):
     with pytest.raises(DataError, match="volume.nii.gz is no DICOM series"):
         run(dicom_seg=True)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
 from PIL import Image
 
 from networks.data.cine import TimeSeries
 from networks.data.folders import image_files
 from networks.errors import DataError
+from networks.results.function import HeartReport
 from networks.results.label_maps import SaveImageLabelMapd
-from networks.results.measuring import Measures, patient_row
+from networks.results.measuring import Measures, patient_row, read_info
 
 NAMES = {"0": "background", "1": "right ventricle", "2": "myocardium", "3": "left ventricle"}
 IGNORE = ["*_seg.*", "*_overlay.png", "*_curve.png", "*_beating.gif"]
@@ -237,6 +243,46 @@ def test_a_heart_without_a_left_ventricle_has_a_row_also_with_a_named_frame(fold
         folder.measure(ed_frame=0, es_frame=0)
 
 
+INFO = "ED: 2\nES: 4\nGroup: NOR\nHeight: 180.0\nNbFrame: 4\nWeight: 80.0\n"
+
+
+def test_an_info_file_is_of_the_one_patient_in_its_folder(folder, caplog):
+    for name in ("one/a", "two/b", "two/c", "three/p_frame01", "three/p_frame04", "three/p_frame02"):
+        folder.add(name, heart(8 - int(name[-1])) if "frame" in name else beat())
+    for name in ("one", "two", "three"):
+        (folder.images / name / "Info.cfg").write_text(INFO)
+    rows = folder.measure()
+    assert [frames(rows[name]) for name in "abcp"] == [("1", "3"), ("0", "2"), ("0", "2"), ("2", "4")]
+    assert float(rows["a"]["body_surface_m2"]) == pytest.approx(2)
+    assert not rows["b"]["body_surface_m2"]
+    assert caplog.text.count("Info.cfg") == 1 and str(Path("two") / "Info.cfg") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (INFO, {"ED": 2, "ES": 4, "Height": 180, "Weight": 80}),
+        ("ED: 1.0\r\nES:\t12\r\n", {"ED": 1, "ES": 12}),
+        ("\ufeffed : 1 # of 30\n  es=12\t\nweight: 95.5; kg\n", {"ED": 1, "ES": 12, "Weight": 95.5}),
+        ("Edges: 5\nGroup: DCM\n", {}),
+    ],
+)
+def test_an_info_file_is_read_as_people_write_it(text, found, tmp_path):
+    (tmp_path / "Info.cfg").write_bytes(text.encode())
+    assert read_info(tmp_path / "Info.cfg") == found
+
+
+@pytest.mark.parametrize("line", ["ED: 1.5", "ES: 0", "ED: -1", "es 4", "Weight: 95.0.1", "Height: tall", "ED:"])
+def test_an_info_file_that_cannot_be_read_is_its_patient_s_error(line, folder):
+    folder.add("a/a", beat())
+    folder.add("b/b", beat())
+    (folder.images / "a" / "Info.cfg").write_text(f"Group: NOR\n{line}\n")
+    with pytest.raises(DataError) as error:
+        folder.measure()
+    assert line in str(error.value) and str(folder.images / "a" / "Info.cfg") in str(error.value)
+    assert set(folder.rows()) == {"b"}
+
+
 def series(interval: float | None, height: float | None = None, weight: float | None = None) -> TimeSeries:
     times = tuple(250.0 * t for t in range(4))  # a beat of one second
     return TimeSeries("a", (40, 40, 3), 4, times, interval, height, weight, lambda frame: None)
@@ -252,3 +298,51 @@ def test_an_interval_that_is_no_heartbeat_leaves_the_times_of_the_frames(interva
     for height, weight in ((180, 8000), (None, None), (0, 0), (1.8, 80)):  # of headers
         row = patient_row(measured, names, None, series(interval, height, weight), info)
         assert row["body_surface_m2"] == pytest.approx(2)
+
+
+def evaluated(out: Path, hearts: dict[str, float]) -> None:
+    """An evaluation of label maps, by the files of their images, that are predicted as they are."""
+
+    def case(file: str, radius: float) -> dict[str, object]:
+        label = MetaTensor(torch.as_tensor(heart(radius))[None], affine=torch.as_tensor(AFFINE))
+        image = SimpleNamespace(meta={"filename_or_obj": file})
+        return {"id": Path(file).name.split(".")[0], "image": image, "label": label, "pred": label}
+
+    engine = Engine(lambda engine, batch: batch)
+    HeartReport(out, NAMES, 4).attach(engine)  # type: ignore[arg-type]
+    engine.run([[case(file, radius)] for file, radius in hearts.items()])
+
+
+def compared(out: Path) -> dict[str, float]:
+    with (out / "function.csv").open() as file:
+        return {row["patient"]: float(row["true_lv_edv_ml"]) for row in csv.DictReader(file)}
+
+
+def test_an_evaluation_refuses_what_measuring_refuses_and_compares_the_others(tmp_path):
+    hearts = {}
+    for patient, numbers in {"a": (1, 3), "b": (1, 3), "c": (1, 3), "d": (1, 3), "e": (2, 3)}.items():
+        (tmp_path / patient).mkdir()
+        hearts |= {str(tmp_path / patient / f"{patient}_frame0{n}.nii.gz"): 9.0 - n for n in numbers}
+    hearts[str(tmp_path / "d" / "d_frame1.nii.gz")] = 3
+    infos = {"a": "ED: 3\nES: 1\n", "b": "ED: 1\nES: 12\n", "c": "ED: one\n"}
+    for patient, text in infos.items():
+        (tmp_path / patient / "Info.cfg").write_text(text)
+    with pytest.raises(DataError) as error:
+        evaluated(tmp_path / "out", hearts)
+    first, *lines = str(error.value).splitlines()
+    assert first.startswith("3 ") and len(lines) == 3
+    assert "12" in lines[0] and "ED: one" in lines[1] and "d_frame01 and d_frame1" in lines[2]
+    found = compared(tmp_path / "out")
+    assert set(found) == {"a", "e"}
+    assert found["a"] == pytest.approx(0.032 * (heart(6) == 3).sum(), rel=1e-4)  # of frame 3, as its Info.cfg says
+
+
+def test_an_evaluation_uses_no_info_file_of_several_patients(tmp_path, caplog):
+    names = ("a_frame01", "a_frame02", "b_frame01", "b_frame02", "x/a_frame01", "x/a_frame02")
+    (tmp_path / "Info.cfg").write_text("ED: 2\nES: 1\n")
+    with caplog.at_level(logging.WARNING):
+        evaluated(tmp_path / "out", {str(tmp_path / f"{name}.nii.gz"): 9.0 - int(name[-1]) for name in names})
+    found = compared(tmp_path / "out")
+    assert set(found) == {"b", f"{tmp_path}/a", f"{tmp_path}/x/a"}  # two of one name are two
+    assert all(volume == pytest.approx(0.032 * (heart(8) == 3).sum(), rel=1e-4) for volume in found.values())
+    assert caplog.text.count("Info.cfg") == 1
