@@ -4,9 +4,12 @@
     python tests/benchmarks/gpu.py fias_acdc --dataset_dir acdc.tar --output_dir results --minutes 6
 
 Needs the packages, but neither a network nor an installation of this one. The steps are ``tests``, those marked gpu,
-``speed``, the tables of ``speed.py``, and ``training``, by the bundle's ``train.json``.
-None stops the next, and the exit status is 0 when all went well. ``--steps training`` does that alone; any word that
-is not below is an override of it, such as ``--image_size 192 --batch_size 32``. ``--device cpu`` rehearses all.
+``speed``, the tables of ``speed.py``, ``throughput``, that of ``training.py``, ``volume``, that of ``volume.py``, and
+``training``, by the bundle's ``train.json``. None stops the next, and the exit status is 0 when all went well.
+
+A first call does what is short, ``--steps tests,speed,throughput,volume``, a second ``--steps training``. Any word that
+is not below is an override of the training, such as ``--image_size 192 --batch_size 32``. ``--device cpu`` rehearses
+all, and ``--small True`` in minutes.
 
 The cosine of the learning rate needs the number of epochs: a training of a few is timed, then as many are trained as
 the minutes have left. When they are over, the training is killed, and what its best epoch left is taken.
@@ -26,6 +29,8 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -74,22 +79,27 @@ def epochs_within(seconds: float, training: list[str], log: Path, **options: Any
     return epochs
 
 
-def train(data: str, training: list[str], log: Path, minutes: float, root: str, epochs: int, **options: Any) -> None:
+def train(training: list[str], log: Path, minutes: float, root: str, epochs: int, **options: Any) -> None:
     """Train for so many minutes in all, and pack what that left."""
     end, root = time.monotonic() + 60 * minutes, str(Path(root or tempfile.mkdtemp()).resolve())
     print(f"training in {root}", flush=True)
+    epochs = epochs or epochs_within(end - time.monotonic(), training, log, **options)
+    try:
+        python(training, log, end - time.monotonic(), **options, bundle_root=root, epochs=epochs)
+    finally:  # of a killed one too
+        if Path(root, "models", "model.pt").is_file():
+            pack(Path(root), log.parent)
+
+
+@contextmanager
+def unpacked(data: str) -> Iterator[Path]:
+    """The folder of the data, which may come as a tar file."""
     with tempfile.TemporaryDirectory() as folder:
         if Path(data).is_file() and tarfile.is_tarfile(data):
             with tarfile.open(data) as tar:
                 tar.extractall(folder, filter="data")
             data = folder
-        options["dataset_dir"] = Path(data).resolve()
-        epochs = epochs or epochs_within(end - time.monotonic(), training, log, **options)
-        try:
-            python(training, log, end - time.monotonic(), **options, bundle_root=root, epochs=epochs)
-        finally:  # of a killed one too
-            if Path(root, "models", "model.pt").is_file():
-                pack(Path(root), log.parent)
+        yield Path(data).resolve()
 
 
 def pack(root: Path, output: Path) -> None:
@@ -122,9 +132,9 @@ def main(
     epochs: int = 0,
     bundle_root: str = "",
     device: str = "cuda",
-    steps: str | tuple[str, ...] = ("tests", "speed", "training"),
+    steps: str | tuple[str, ...] = ("tests", "speed", "throughput", "volume", "training"),
     limit: float = 4,
-    speed: dict[str, Any] | None = None,
+    small: bool = False,
     **overrides: Any,
 ) -> None:
     """Do the steps.
@@ -137,9 +147,9 @@ def main(
         epochs: of the training; 0 finds out how many the minutes hold.
         bundle_root: the training's folder, which stays, with ``last.ckpt`` to go on from; by default a temporary one.
         device: ``cuda`` or ``cpu``.
-        steps: some of the three.
-        limit: minutes that each of the other two may take.
-        speed: options of ``speed.py``, such as ``{'only': 'FIAS'}``.
+        steps: some of the five.
+        limit: minutes that each but the training may take.
+        small: leave out all that takes long, so that a rehearsal ends.
         overrides: of the training.
     """
     log = Path(output_dir).resolve() / "log.txt"
@@ -147,25 +157,40 @@ def main(
     log.write_text("")
     tests = "-m pytest -m gpu -vv -rs --durations=5 --disable-warnings -p no:cacheprovider".split()
     tests.append("tests/bundles/test_gpu.py")
-    tables = {"settings": "plain,last,bfloat16", "batches": "8,32", **(speed or {})}
+    speed: dict[str, Any] = {"settings": "plain,bfloat16,compiled", "batches": "8,32", "side": 224}
+    throughput: dict[str, Any] = {"bundles": "fias_acdc,danie_acdc", "batch_sizes": "8,16,32,64", "image_size": 224}
+    volume: dict[str, Any] = {}
+    if small:
+        tests.append("-k logits")
+        speed = {"settings": "plain", "batches": 2, "rounds": 1, "side": 64, "only": "FIAS"}
+        throughput = {"bundles": "fias_acdc", "batch_sizes": 2, "image_size": 64, "steps": 2}
+        volume = {"shape": "64,64,4", "only": "bundle fp32"}
     config = ROOT / "bundles" / bundle / "configs" / "train.json"
     training = ["-m", "monai.bundle", "run", "--config_file", str(config), "training"]
     options = {"num_workers": os.cpu_count(), **overrides, "device": device}
-    work = {
-        "tests": lambda: python(tests, log, 60 * limit, device=device),
-        "speed": lambda: python(["tests/benchmarks/speed.py"], log, 60 * limit, device=device, **tables),
-        "training": lambda: train(dataset_dir, training, log, minutes, bundle_root, epochs, **options),
-    }
+
+    def benchmark(name: str, **options: Any) -> None:
+        python([f"tests/benchmarks/{name}.py"], log, 60 * limit, device=device, **options)
+
     told = []
-    for name in (steps,) if isinstance(steps, str) else steps:
-        start = time.monotonic()
-        try:
-            work[name]()
-            how = "well"
-        except Exception as error:  # the next one may do well
-            how = f"FAILED, {type(error).__name__}: {error}"
-        told.append(f"{name}, {time.monotonic() - start:.0f} s: {how}")
-        print(told[-1], flush=True)
+    with unpacked(dataset_dir) as data:
+        throughput |= {"dataset_dir": data, "num_workers": os.cpu_count(), "pretrained": False}
+        work = {
+            "tests": lambda: python(tests, log, 60 * limit, device=device),
+            "speed": lambda: benchmark("speed", **speed),
+            "throughput": lambda: benchmark("training", **throughput),
+            "volume": lambda: benchmark("volume", **volume),
+            "training": lambda: train(training, log, minutes, bundle_root, epochs, **{**options, "dataset_dir": data}),
+        }
+        for name in (steps,) if isinstance(steps, str) else steps:
+            start = time.monotonic()
+            try:
+                work[name]()
+                how = "well"
+            except Exception as error:  # the next one may do well
+                how = f"FAILED, {type(error).__name__}: {error}"
+            told.append(f"{name}, {time.monotonic() - start:.0f} s: {how}")
+            print(told[-1], flush=True)
     print("", *told, sep="\n")
     sys.exit("FAILED" in " ".join(told))
 

@@ -3,9 +3,10 @@
     python tests/benchmarks/volume.py [--network FIAS] [--shape 512,512,150] [--only plain,bundle]
 
 The transforms are those of ``fias_synapse``. ``bundle`` is how the bundles infer: ``LabelInferer``, channels last; in
-fp32, and in bfloat16, the default on a GPU that has it; on a CPU in each engine too. ``plain`` is the plain recipe: the
-volume resized, MONAI's ``SliceInferer`` slice by slice in fp32, all logits resized back, the greatest class. ``differ``
-is the share of voxels with another label than the first row's. Weights are random; their heads find several classes.
+fp32, and in bfloat16, the default on a GPU that has it; compiled on a GPU, in each engine on a CPU. ``plain`` is the
+plain recipe: the volume resized, MONAI's ``SliceInferer`` slice by slice in fp32, all logits resized back, the greatest
+class. ``differ`` is the share of voxels with another label than the first row's. Weights are random; their heads find
+several classes.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def main(
     }
     if not has_bfloat16(device):
         del recipes[f"{network} bundle bfloat16"]
-    if device == "cpu":
+    if device != "cpu":
+        recipes[f"{network} bundle compiled"] = (lambda: Prepared(net, "compiled"), LabelInferer(size, BATCH))
+    else:
         for setting in ("openvino", "openvino+bfloat16", "onnxruntime"):
             recipes[f"{network} bundle {setting}"] = (lambda s=setting: Prepared(net, s), LabelInferer(size, BATCH))
     if "SwinUNETR, 48 features" in NETWORKS:
