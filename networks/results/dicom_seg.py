@@ -15,7 +15,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.valuerep import DSfloat
 
-from ..data.dicom import Frame, header_of, places_of
+from ..data.dicom import Frame, extent_of, header_of, places_of
 from ..errors import DataError
 from ..storage import whole_file
 from .dicom_codes import CODES, MAKER, described
@@ -206,9 +206,8 @@ def _plain(frames: Sequence[Frame], header: Dataset, z: int) -> Dataset:
     highdicom takes a series or a file of many frames, whole. A phase is neither: its slices may be of a series each, or
     some of the frames of a file. It also asks for values that anonymised files lack.
     """
-    first, own, last = (frames[at].position for at in (0, z, -1))
-    assert first is not None and own is not None and last is not None  # as checked
-    gap = float(np.linalg.norm(last - first)) / max(len(frames) - 1, 1)
+    own, step = frames[z].position, extent_of(frames)
+    assert own is not None  # as checked
     places = [
         measures for place in places_of(header)[0] for measures in (*place.get("PixelMeasuresSequence", []), place)
     ]
@@ -223,7 +222,7 @@ def _plain(frames: Sequence[Frame], header: Dataset, z: int) -> Dataset:
     one.ImagePositionPatient = _decimals(own)
     one.ImageOrientationPatient = _decimals(frames[0].rows.ravel())
     one.PixelSpacing = _decimals(frames[0].spacing)
-    one.SliceThickness, one.SpacingBetweenSlices = _decimals([thickness or gap or 1.0, gap or thickness or 1.0])
+    one.SliceThickness, one.SpacingBetweenSlices = _decimals([thickness or step, step])
     return one
 
 
