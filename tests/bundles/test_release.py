@@ -169,7 +169,9 @@ def test_a_download_trains_evaluates_infers_and_loads_without_this_repository(pu
     assert "| Dice, % |" in (bundle / "eval" / "summary.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["fias_acdc", "danie_glas", pytest.param("danie_synapse", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["fias_acdc", *(pytest.param(name, marks=SLOW) for name in ("danie_glas", "danie_synapse"))]
+)
 def test_a_bundle_of_each_kind_passes_tests_as_the_model_zoo_has_them(name, schema, tmp_path):
     """Of hearts in time, of pictures, and of CT volumes."""
     extractall(script.release(name, str(tmp_path), schema=str(schema)), tmp_path / "models")

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Resized
 from PIL import Image
 
@@ -16,7 +17,7 @@ from networks.data.formats import PICTURES
 from networks.data.geometry import SliceOrientationd
 from networks.data.loading import LoadVolumed
 from networks.errors import DataError
-from networks.results.label_maps import SaveImageLabelMapd, recorded_numbers
+from networks.results.label_maps import SaveImageLabelMapd, SaveImageMapsd, recorded_numbers
 from networks.results.pictures import COLOURS
 
 
@@ -73,3 +74,20 @@ def test_measuring_takes_the_numbers_that_the_inference_wrote(tmp_path):
     assert not recorded_numbers(None, record) and not recorded_numbers({1: 1}, record)
     with pytest.raises(DataError, match="label_numbers"):
         recorded_numbers({1: 3, 3: 1}, record)
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_maps_of_a_picture_are_pictures_that_lie_on_it(ending, tmp_path):
+    file = tmp_path / f"skin{ending}"
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(file)  # 6 wide, 4 high
+    loaded = LoadVolumed("image", channels=3, suffixes=PICTURES)({"image": str(file)})["image"]
+    second, third = torch.rand(2, 6, 4, 1, generator=torch.Generator().manual_seed(0)) / 2
+    probabilities = MetaTensor(torch.stack([torch.zeros_like(second), second, third])).copy_meta_from(loaded)
+    entropy = MetaTensor(second[None]).copy_meta_from(loaded)
+    saver = SaveImageLabelMapd("pred", tmp_path / "out", ".png")
+    SaveImageMapsd(["entropy", "probabilities"], saver)({"entropy": entropy, "probabilities": probabilities})
+    expected = {"skin_entropy.png": second, "skin_probability1.png": second, "skin_probability2.png": third}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(expected)
+    for name, values in expected.items():
+        found = np.asarray(Image.open(tmp_path / "out" / name))
+        np.testing.assert_array_equal(found, (255 * values[..., 0].T).round().numpy().astype(np.uint8))
