@@ -161,7 +161,7 @@ def main(
     throughput: dict[str, Any] = {"bundles": "fias_acdc,danie_acdc", "batch_sizes": "8,16,32,64", "image_size": 224}
     volume: dict[str, Any] = {}
     if small:
-        tests.append("-k logits")
+        tests.append("-k logits_are")
         speed = {"settings": "plain", "batches": 2, "rounds": 1, "side": 64, "only": "FIAS"}
         throughput = {"bundles": "fias_acdc", "batch_sizes": 2, "image_size": 64, "steps": 2}
         volume = {"shape": "64,64,4", "only": "bundle fp32"}
