@@ -90,11 +90,7 @@ def load_exported(path: str | Path, device: torch.device | str = "cpu") -> Expor
         FileNotFoundError: when there is no such file, with what to do about it.
         DataError: when it is truncated, or no exported program.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"No network at {path}. Export it by python -m monai.bundle run exporting, or name its folder by "
-            "--ckpt_dir."
-        )
+    _check_is_there(path, "run exporting")
     from torch.export.passes import move_to_device_pass  # brings sympy and much else
 
     try:
@@ -120,11 +116,7 @@ def load_torchscript(path: str | Path, device: torch.device | str = "cpu") -> to
         FileNotFoundError: when there is no such file, with what to do about it.
         DataError: when it is truncated, or no TorchScript.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"No network at {path}. Export it by python -m monai.bundle ckpt_export (or trt_export, for TensorRT), "
-            "or name its folder by --ckpt_dir."
-        )
+    _check_is_there(path, "ckpt_export (or trt_export, for TensorRT)")
     try:
         return torch.jit.load(path, map_location=device).eval()
     except RuntimeError as error:
@@ -146,3 +138,10 @@ def check_export(exported: str | Path, weights: str | Path) -> None:
         logger.warning(f"nothing tells what {exported} was trained for: the config's values are taken for it.")
     elif Path(exported).is_file() and Path(exported).stat().st_mtime < Path(weights).stat().st_mtime:
         raise DataError(f"{exported} is older than {weights}, and may be of others. Export these weights again.")
+
+
+def _check_is_there(path: str | Path, command: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"No network at {path}. Export it by python -m monai.bundle {command}, or name its folder by --ckpt_dir."
+        )

@@ -52,29 +52,35 @@ def weights(tmp_path_factory) -> Path:
     return folder
 
 
+def started(config: str, images: Path, weights: Path, output: Path, **overrides: object) -> ConfigWorkflow:
+    """A config, with the network of ``weights`` where it has one, ready to run."""
+    options: dict[str, object] = {"dataset_dir": str(images), "output_dir": str(output), "ckpt_dir": str(weights)}
+    if config != "measure":
+        network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
+        options |= {"device": "cpu", "image_size": 32, "network_def": network}
+    workflow = ConfigWorkflow(
+        f"{CONFIGS}/{config}.json",
+        workflow_type="infer",
+        meta_file=f"{CONFIGS}/metadata.json",
+        **{**options, **overrides},
+    )
+    workflow.initialize()
+    return workflow
+
+
 @pytest.fixture
 def run(weights, images, tmp_path) -> Callable[..., Path]:
     """``run(config="inference", **overrides)``: the folder of the results."""
 
     def run(config: str = "inference", **overrides: object) -> Path:
-        options = {"dataset_dir": str(images), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(weights)}
-        if config == "inference":
-            network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
-            options |= {"device": "cpu", "image_size": 32, "network_def": network}
-        workflow = ConfigWorkflow(
-            f"{CONFIGS}/{config}.json",
-            workflow_type="infer",
-            meta_file=f"{CONFIGS}/metadata.json",
-            **{**options, **overrides},
-        )
         try:
-            workflow.initialize()
+            workflow = started(config, images, weights, tmp_path / "out", **overrides)
             workflow.run()
         except RuntimeError as error:  # the expression's
             raise error.__cause__ or error
         finally:
             assert not list((tmp_path / "out").rglob(".partial-*"))
-        return Path(str({**options, **overrides}["output_dir"]))
+        return Path(str(overrides.get("output_dir", tmp_path / "out")))
 
     return run
 
@@ -268,21 +274,7 @@ def test_a_corrected_label_map_with_other_numbers_is_refused_by_name(images, run
 
 
 def test_the_same_case_again_in_one_process_is_measured_again(images, weights, tmp_path):
-    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
-    options = {
-        "dataset_dir": str(images / "volume.nii.gz"),
-        "output_dir": str(tmp_path / "out"),
-        "ckpt_dir": str(weights),
-    }
-    workflow = ConfigWorkflow(
-        f"{CONFIGS}/inference.json",
-        meta_file=f"{CONFIGS}/metadata.json",
-        device="cpu",
-        image_size=32,
-        network_def=network,
-        **options,
-    )
-    workflow.initialize()
+    workflow = started("inference", images / "volume.nii.gz", weights, tmp_path / "out")
     evaluator = workflow.parser.get_parsed_content("evaluator")
     for _ in range(2):
         evaluator.run()
@@ -399,17 +391,7 @@ def test_a_file_that_is_no_series_has_no_dicom_segmentation(images, run, tmp_pat
 
 
 def test_evaluation_tells_the_function_of_hearts(beating, weights, tmp_path):
-    network = {"_target_": "torch.nn.Conv2d", "in_channels": 1, "out_channels": 4, "kernel_size": 1}
-    options = {"dataset_dir": str(beating), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(weights)}
-    workflow = ConfigWorkflow(
-        f"{CONFIGS}/evaluate.json",
-        meta_file=f"{CONFIGS}/metadata.json",
-        device="cpu",
-        image_size=32,
-        network_def=network,
-        **options,
-    )
-    workflow.initialize()
+    workflow = started("evaluate", beating, weights, tmp_path / "out")
     workflow.run()
     with (tmp_path / "out" / "function.csv").open() as file:
         found = {row["patient"]: row for row in csv.DictReader(file)}
